@@ -1,0 +1,1 @@
+"""What the agent changes on its host, and how it is undone."""

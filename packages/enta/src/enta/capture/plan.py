@@ -1,0 +1,211 @@
+"""What an agent will do to this host, as a value: which packets, which addresses, which names and numbers.
+
+The grammar of the options::
+
+    --capture [PROTO/][CIDR:]PORT[:TRANSIT]      PROTO is tcp (default) or udp; a bare address is a /32;
+    --replay  [PROTO/]PORT[:TRANSIT]             IPv6 is written in brackets: [2001:db8::/32]:443
+
+The transit port is what a packet carries inside the tunnel. The n-th option that names none gets 6977 + n, whatever
+the others say, so one port on each side is exactly the original's 7 -> 192.168.0.254:6978 -> 7.
+
+Does no I/O and changes nothing: `nftables`, `iptables` and `routing` turn a plan into rules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Network, ip_network
+from typing import Literal
+
+from enlink.errors import ConfigError, UsageError
+
+TransportProtocol = Literal["tcp", "udp"]
+Role = Literal["client", "server"]
+
+# Linux limits.
+MAX_INTERFACE_NAME_LENGTH = 15  # IFNAMSIZ - 1
+MIN_MTU = 576  # RFC 791: what every IPv4 host must accept
+MAX_MTU = 65535  # IPv4 total length, and the most that a frame carries
+RESERVED_TABLES = frozenset({0, 253, 254, 255})  # unspec, default, main, local: /etc/iproute2/rt_tables
+
+# Choices of ours.
+FIRST_TRANSIT_PORT = 6978  # the original's
+ROUTE_PROTOCOL = 78  # marks rules and routes as ours; unassigned in /etc/iproute2/rt_protos
+UPLINK_RULE_PRIORITY = 6977  # before the capture rules: the uplink itself is never captured
+CAPTURE_RULE_PRIORITY = 6978
+
+_INSTANCE = re.compile(r"[a-z0-9_-]{1,15}")
+_INTERFACE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,%d}" % MAX_INTERFACE_NAME_LENGTH)
+_SPEC = re.compile(
+    r"(?:(?P<protocol>[a-z]+)/)?"
+    r"(?:(?:\[(?P<v6>[^\]]*)\]|(?P<v4>[0-9./]+\.[0-9./]+)):)?"
+    r"(?P<port>[0-9]+)"
+    r"(?::(?P<transit>[0-9]+))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """Packets of local programs to *port* (of any address, or of *destination*) enter the tunnel as *transit*."""
+
+    protocol: TransportProtocol
+    port: int
+    transit: int
+    destination: IPv4Network | None = None
+
+    def __str__(self) -> str:
+        where = f"{self.destination}:" if self.destination else ""
+        return f"{self.protocol}/{where}{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Packets that leave the tunnel with *transit* are handed to the local server on *port*."""
+
+    protocol: TransportProtocol
+    port: int
+    transit: int
+
+    def __str__(self) -> str:
+        return f"{self.protocol}/{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything an agent puts on a host. Two agents in one network namespace differ in each of the names and numbers.
+
+    Attributes:
+        address: the TUN's own address and prefix length.
+        peer: the TUN address of the agent at the other end, inside the same prefix.
+        table: routing table of the captured traffic (client only).
+        mark: packet mark of the agent's own uplink and of everything else that must not be captured.
+        is_fail_closed: the guard and the unreachable route are installed, and outlive a crash.
+    """
+
+    role: Role
+    address: IPv4Interface
+    peer: IPv4Address
+    captures: tuple[Capture, ...] = ()
+    replays: tuple[Replay, ...] = ()
+    instance: str = "default"
+    tun_name: str = "eng0"
+    mtu: int = MAX_MTU
+    table: int = 6978
+    mark: int = 0x6978
+    is_fail_closed: bool = True
+
+    def __post_init__(self) -> None:
+        if not _INSTANCE.fullmatch(self.instance):
+            raise UsageError(f"--instance {self.instance!r}: use 1 to 15 of a-z 0-9 _ -")
+        if not _INTERFACE_NAME.fullmatch(self.tun_name) or self.tun_name in (".", ".."):
+            raise UsageError(f"--tun-name {self.tun_name!r}: use 1 to 15 of A-Z a-z 0-9 _ . -")
+        if not MIN_MTU <= self.mtu <= MAX_MTU:
+            raise UsageError(f"--mtu {self.mtu}: use {MIN_MTU} to {MAX_MTU}")
+        if not 0 < self.table < 2**32 or self.table in RESERVED_TABLES:
+            raise UsageError(f"--table {self.table}: use a number from 1 to 4294967295 other than 253, 254 and 255")
+        if not 0 < self.mark < 2**32:
+            raise UsageError(f"--mark {self.mark:#x}: use a number from 1 to 0xffffffff")
+        self._check_addresses()
+        transits = [rule.transit for rule in (*self.captures, *self.replays)]
+        for transit in transits:
+            if transits.count(transit) > 1:
+                raise UsageError(f"transit port {transit} is used twice: give each port its own, as in 443:{transit + 1}")
+
+    def _check_addresses(self) -> None:
+        network = self.address.network
+        if network.prefixlen > 30:
+            raise UsageError(f"--tun-mask {network.netmask}: the network must hold both TUN addresses, use /30 or shorter")
+        for option, address in (("--tun-addr", self.address.ip), ("--peer-addr", self.peer)):
+            if address.is_multicast or address.is_loopback or address.is_unspecified or address.is_link_local:
+                raise UsageError(f"{option} {address}: use an ordinary unicast address")
+            if address in (network.network_address, network.broadcast_address):
+                raise UsageError(f"{option} {address}: this is the network or broadcast address of {network}")
+        if self.peer not in network:
+            raise UsageError(f"--peer-addr {self.peer} is not inside the TUN's network {network}")
+        if self.peer == self.address.ip:
+            raise UsageError(f"--peer-addr {self.peer} is the same as --tun-addr: give the other agent's address")
+
+    @property
+    def capture_table_name(self) -> str:
+        """The nftables table that captures or replays; the kernel deletes it when its owner dies."""
+        return f"eng_{self.instance}"
+
+    @property
+    def guard_table_name(self) -> str:
+        """The nftables table that keeps captured traffic off every other device; it outlives a crash."""
+        return f"eng_{self.instance}_guard"
+
+
+def parse_captures(texts: Sequence[str]) -> tuple[Capture, ...]:
+    """Parse every ``--capture`` of a command line, in order.
+
+    Raises:
+        UsageError: malformed, out of range, or the same port captured twice.
+        ConfigError: an IPv6 destination, which can be guarded but not captured yet.
+    """
+    captures: list[Capture] = []
+    for text, (protocol, destination, port, transit) in _parse_all("--capture", texts):
+        for other in captures:
+            if (other.protocol, other.destination, other.port) == (protocol, destination, port):
+                raise UsageError(f"--capture {text}: {other} is captured already")
+        captures.append(Capture(protocol, port, transit, destination))
+    return tuple(captures)
+
+
+def parse_replays(texts: Sequence[str]) -> tuple[Replay, ...]:
+    """Parse every ``--replay`` of a command line, in order.
+
+    Several transit ports may lead to one server port.
+
+    Raises:
+        UsageError: malformed, out of range, or with a destination.
+    """
+    replays: list[Replay] = []
+    for text, (protocol, destination, port, transit) in _parse_all("--replay", texts):
+        if destination is not None:
+            raise UsageError(f"--replay {text}: takes no address, write [PROTO/]PORT[:TRANSIT]")
+        replays.append(Replay(protocol, port, transit))
+    return tuple(replays)
+
+
+_Parsed = tuple[TransportProtocol, IPv4Network | None, int, int]
+
+
+def _parse_all(option: str, texts: Sequence[str]) -> list[tuple[str, _Parsed]]:
+    parsed: list[tuple[str, _Parsed]] = []
+    next_transit = FIRST_TRANSIT_PORT
+    for text in texts:
+        match = _SPEC.fullmatch(text)
+        if match is None:
+            raise UsageError(f"{option} {text!r}: write [PROTO/][CIDR:]PORT[:TRANSIT], as in 7 or udp/53 or 10.1.0.0/16:8080:6990")
+        protocol = match["protocol"] or "tcp"
+        if protocol not in ("tcp", "udp"):
+            raise UsageError(f"{option} {text!r}: protocol {protocol!r} is neither tcp nor udp")
+        port = _port(option, text, match["port"])
+        if match["transit"] is None:
+            transit, next_transit = next_transit, next_transit + 1
+        else:
+            transit = _port(option, text, match["transit"])
+        destination = _network(option, text, match["v4"] if match["v6"] is None else match["v6"])
+        if isinstance(destination, IPv6Network):
+            raise ConfigError(f"{option} {text!r}: IPv6 is not captured yet; IPv6 to ports captured without an address is blocked")
+        parsed.append((text, (protocol, destination, port, transit)))  # type: ignore[arg-type]  # checked two lines up
+    return parsed
+
+
+def _port(option: str, text: str, digits: str) -> int:
+    port = int(digits) if len(digits) <= 5 else 0
+    if not 0 < port < 65536:
+        raise UsageError(f"{option} {text!r}: port {digits} is not between 1 and 65535")
+    return port
+
+
+def _network(option: str, text: str, network: str | None) -> IPv4Network | IPv6Network | None:
+    if network is None:
+        return None
+    try:
+        return ip_network(network)
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r}: {error}") from error
