@@ -1,0 +1,338 @@
+"""One framed connection over any trio stream: greeting, packets, keepalive, an orderly end. Dialling is in stream.py."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from typing import Final, Literal, NoReturn, Protocol
+
+import trio
+
+from enlink.errors import ProtocolError, Unavailable
+from enlink.frame import (
+    Buffer,
+    Close,
+    ControlMessage,
+    Discarded,
+    Error,
+    Event,
+    Fault,
+    FrameDecoder,
+    Hello,
+    Keepalive,
+    Packets,
+    Role,
+    Unknown,
+    encode_control,
+)
+
+Wire = Literal["auto", "original"]
+Speech = Literal["silent", "raw", "eng"]
+
+# Choices of ours.
+READ_BYTES: Final = 256 * 1024
+GREETING_DEADLINE_S: Final = 10.0  # absolute, not idle: one byte a second buys nobody a place
+KEEPALIVE_INTERVAL_S: Final = 5.0
+SILENCE_LIMIT_S: Final = 2 * KEEPALIVE_INTERVAL_S
+_WATCH_INTERVAL_S: Final = 1.0
+_BURST: Final = 16  # operations that find the kernel ready before other tasks get their turn
+_FAREWELL_S: Final = 1.0
+
+
+class LinkEnded(Unavailable):
+    """The link is over. *reason* is the short name under which it is counted; the text is for people."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class PeerFault(LinkEnded, ProtocolError):
+    """The link is over because the peer broke the protocol."""
+
+    exit_code = ProtocolError.exit_code
+
+
+class Refused(LinkEnded):
+    """The peer said why it ends the link."""
+
+
+class Link:
+    """One framed connection.
+
+    One task receives and any number send. Every method may raise `LinkEnded`; after that, and after a send was
+    cancelled half-way, nothing but `aclose` is of use. Make one with a connected stream, then `greet` or
+    `hear_first_word`, and keep `keep_alive` running beside.
+
+    Args:
+        hello: what this side says of itself.
+        count: called with the name of each thing dropped or skipped.
+
+    Attributes:
+        speech: what the peer turned out to be: ``silent`` so far, ``raw`` packets only, or ``eng``.
+        peer: the peer's HELLO, if it speaks ENG.
+    """
+
+    def __init__(self, stream: trio.abc.Stream, hello: Hello, count: Callable[[str], None]) -> None:
+        self.speech: Speech = "silent"
+        self.peer: Hello | None = None
+        self._hello = hello
+        self._count = count
+        self._stream = stream
+        self._port: _Port = _SocketPort(stream) if isinstance(stream, trio.SocketStream) else _StreamPort(stream)
+        self._decoder = FrameDecoder()
+        self._events: deque[Event] = deque()
+        self._sending = trio.Lock()
+        self._is_closed = False
+        self._is_mid_frame = False
+        self._has_said_hello = False
+        self._last_sent = self._last_received = trio.current_time()
+        self._waiting_since: float | None = None
+
+    async def greet(self) -> Hello:
+        """As the dialler: say HELLO and wait for the answer. Packets that come before it are dropped and counted.
+
+        Raises:
+            LinkEnded: no answer within `GREETING_DEADLINE_S`; perhaps an original peer, which needs ``--wire original``.
+        """
+        with trio.move_on_after(GREETING_DEADLINE_S):
+            await self._send_control(self._hello)
+            while self.peer is None:
+                event = await self._next_event()
+                if isinstance(event, Packets):
+                    for _ in range(event.count):
+                        self._count("before_hello")
+            return self.peer
+        raise LinkEnded("no_hello", "the peer did not answer HELLO (an original ENTA or ENTG needs --wire original)")
+
+    def skip_greeting(self) -> None:
+        """Take the peer for an original one, which knows no control messages and dies of the first."""
+        self.speech = "raw"
+
+    async def hear_first_word(self) -> Hello | Packets:
+        """As the listener: wait until the peer has said what it is, and answer its HELLO.
+
+        Packets that are returned here are received once more. Cancellation loses nothing; call it again.
+        """
+        while True:
+            event = await self._next_event()
+            if isinstance(event, Packets):
+                self._events.appendleft(event)
+                self.speech = "raw"
+                return event
+            if isinstance(event, Hello):
+                return event
+
+    async def receive(self) -> Packets:
+        """Wait for packets and return one run of them, in order."""
+        while True:
+            event = await self._next_event()
+            if isinstance(event, Packets):
+                if self.speech == "silent":
+                    self.speech = "raw"
+                return event
+
+    async def send(self, encoded: Buffer) -> None:
+        """Send whole encoded frames, waiting while the kernel has no room."""
+        async with self._sending:
+            await self._write(encoded)
+
+    @property
+    def is_between_frames(self) -> bool:
+        return self._decoder.is_between_frames
+
+    async def keep_alive(self) -> NoReturn:
+        """Tell an ENG peer that we live, and end the link when the peer has stopped: run this beside the rest.
+
+        Silence counts only while somebody waits to receive: a link that is not read, because what it leads to is
+        slow, is not dead.
+
+        Raises:
+            LinkEnded: nothing came for `SILENCE_LIMIT_S` (ENG peer), or half a frame and no more (any peer).
+        """
+        while True:
+            asleep_since = trio.current_time()
+            await trio.sleep(_WATCH_INTERVAL_S)
+            now = trio.current_time()
+            # We were stopped or starved: what the peer said meanwhile is still to be read.
+            was_starved = now - asleep_since > 2 * _WATCH_INTERVAL_S
+            if self._waiting_since is not None and not was_starved:
+                silent_for = now - max(self._waiting_since, self._last_received)
+                if silent_for >= SILENCE_LIMIT_S and self.speech == "eng":
+                    raise LinkEnded("keepalive", f"the peer has said nothing for {silent_for:.0f} s")
+                if silent_for >= SILENCE_LIMIT_S and not self.is_between_frames:
+                    raise PeerFault("frame_deadline", f"half a frame and nothing more for {silent_for:.0f} s")
+            is_due = now - self._last_sent >= KEEPALIVE_INTERVAL_S
+            # Whoever is sending at the moment says the same with more weight.
+            if self.speech == "eng" and is_due and not self._sending.locked():
+                await self._send_control(Keepalive())
+
+    async def aclose(self, message: Close | Error | None = None) -> None:
+        """Close the link; with a message, tell an ENG peer first and let what is under way arrive. Takes 1 s at most.
+
+        Safe to call twice, and from a cancelled scope.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        with trio.move_on_after(_FAREWELL_S, shield=True):
+            if message is not None:
+                try:
+                    await self._say_farewell(message)
+                except (LinkEnded, trio.ClosedResourceError, trio.BrokenResourceError):
+                    pass  # the peer went first
+        await trio.aclose_forcefully(self._stream)
+
+    async def _say_farewell(self, message: Close | Error) -> None:
+        # A send that was cut short leaves half a frame behind, and more bytes would only complete it with rubbish.
+        if self._is_mid_frame:
+            return
+        if self.speech == "eng":
+            await self._send_control(message)
+        if isinstance(self._stream, trio.abc.HalfCloseableStream):
+            await self._stream.send_eof()
+            # Closing with unread bytes would reset the connection, and the peer might never see our last words.
+            while await self._port.read():
+                pass
+
+    async def _next_event(self) -> Event:
+        """Return the next event that is not the link's own business."""
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                match event:
+                    case Packets():
+                        return event
+                    case Discarded(reason):
+                        self._count(reason)
+                    case Fault(reason, text):
+                        await self._refuse(text)
+                        raise PeerFault(reason, f"the peer {text}")
+                    case _:
+                        await self._hear(event)
+                        if isinstance(event, Hello):
+                            return event
+            self._events.extend(self._decoder.feed(await self._read()))
+
+    async def _hear(self, message: ControlMessage) -> None:
+        if isinstance(message, Close):
+            raise LinkEnded("closed", f"the peer closed the link{f': {message.reason}' if message.reason else ''}")
+        if isinstance(message, Error):
+            raise Refused("refused", f"the peer refused the link: {message.reason}")
+        if isinstance(message, Unknown):
+            self._count("unknown_control")
+        elif isinstance(message, Hello) and self.peer is None and self.speech != "raw":
+            self.peer = message
+            self.speech = "eng"
+            if not self._has_said_hello:
+                await self._send_control(self._hello)
+        elif self.speech != "eng" or isinstance(message, Hello):
+            raise PeerFault("bad_control", f"the peer said {type(message).__name__.upper()} out of turn")
+
+    async def _refuse(self, text: str) -> None:
+        if self.speech == "eng":
+            with trio.move_on_after(_FAREWELL_S):
+                await self._send_control(Error(f"you {text}"))
+
+    async def _send_control(self, message: ControlMessage) -> None:
+        if isinstance(message, Hello):
+            self._has_said_hello = True
+        await self.send(encode_control(message))
+
+    async def _read(self) -> bytes:
+        self._waiting_since = trio.current_time()
+        try:
+            data = await self._port.read()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+            raise LinkEnded("reset", f"the connection broke: {error.__cause__ or error}") from error
+        finally:
+            self._waiting_since = None
+        self._last_received = trio.current_time()
+        if not data:
+            if self.speech == "eng" or not self.is_between_frames:
+                raise LinkEnded("truncated", "the connection ended without CLOSE")
+            raise LinkEnded("eof", "the peer ended its side of the connection")
+        return data
+
+    async def _write(self, encoded: Buffer) -> None:
+        self._is_mid_frame = True
+        try:
+            await self._port.write(encoded)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+            raise LinkEnded("reset", f"the connection broke: {error.__cause__ or error}") from error
+        self._is_mid_frame = False
+        self._last_sent = trio.current_time()
+
+
+class _Port(Protocol):
+    """How bytes get in and out of a stream."""
+
+    async def read(self) -> bytes: ...
+    async def write(self, data: Buffer) -> None: ...
+
+
+class _StreamPort:
+    """Any trio stream, by its public methods."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+
+    async def read(self) -> bytes:
+        return bytes(await self._stream.receive_some(READ_BYTES))
+
+    async def write(self, data: Buffer) -> None:
+        await self._stream.send_all(data)
+
+
+class _SocketPort:
+    """A socket by its descriptor: try first, wait only if the kernel has nothing to give or no room.
+
+    trio's own methods visit the scheduler on every call, which costs several times the system call itself. Here other
+    tasks get their turn whenever there is something to wait for, and at least once in `_BURST` calls.
+    """
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self._socket = stream.socket
+        self._in_a_row = 0
+
+    async def read(self) -> bytes:
+        await self._give_way()
+        while True:
+            try:
+                return os.read(self._descriptor(), READ_BYTES)
+            except BlockingIOError:
+                self._in_a_row = 0
+                await trio.lowlevel.wait_readable(self._socket)
+
+    async def write(self, data: Buffer) -> None:
+        await self._give_way()
+        try:
+            sent = os.write(self._descriptor(), data)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            self._in_a_row = 0
+            await self._stream.send_all(memoryview(data)[sent:])
+
+    def _descriptor(self) -> int:
+        descriptor = self._socket.fileno()
+        if descriptor < 0:
+            raise trio.ClosedResourceError("the link was closed here")
+        return descriptor
+
+    async def _give_way(self) -> None:
+        self._in_a_row += 1
+        if self._in_a_row >= _BURST:
+            self._in_a_row = 0
+            await trio.lowlevel.checkpoint()
+
+
+def describe(hello: Hello | None) -> str:
+    """Say in a few words who a peer is, for logs and status."""
+    if hello is None:
+        return "raw peer"
+    kind = {Role.CLIENT_AGENT: "enta client", Role.SERVER_AGENT: "enta server", Role.GATEWAY: "entg"}[hello.role]
+    addresses = "".join(f" {interface}" for interface in hello.tun)
+    return f"{kind} {hello.instance!r}{addresses}"
