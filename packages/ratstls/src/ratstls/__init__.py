@@ -1,1 +1,3 @@
+"""RATS-TLS links through librats_tls.so. Not built yet: there is nothing here but the version."""
+
 __version__ = "0.1.0"
