@@ -87,8 +87,10 @@ class PacketFilter:
         else:
             self._first_peer = self._last_peer = int(plan.peer)
         rules = plan.replays if self._is_server else plan.captures
-        self._tcp_transits = frozenset(rule.transit for rule in rules if rule.protocol == "tcp")
-        self._udp_transits = frozenset(rule.transit for rule in rules if rule.protocol == "udp")
+        self._transits = {
+            _TCP: frozenset(rule.transit for rule in rules if rule.protocol == "tcp"),
+            _UDP: frozenset(rule.transit for rule in rules if rule.protocol == "udp"),
+        }
 
     def judge(self, packet: bytes | memoryview) -> DropReason | None:
         """Say why *packet*, which came over the link, must not be injected into this host; None: inject it.
@@ -140,8 +142,8 @@ class PacketFilter:
         if not _TCP_SIZE <= offset >> 4 << 2 <= total - _IPV4_SIZE:
             return DropReason.BAD_TCP
         if self._is_server:
-            return None if destination_port in self._tcp_transits else DropReason.PORT
-        if source_port not in self._tcp_transits:
+            return None if destination_port in self._transits[_TCP] else DropReason.PORT
+        if source_port not in self._transits[_TCP]:
             return DropReason.PORT
         return DropReason.UNSOLICITED if flags & _SYN_AND_ACK == _SYN else None
 
@@ -152,7 +154,7 @@ class PacketFilter:
         if not _UDP_SIZE <= length <= total - _IPV4_SIZE:
             return DropReason.BAD_UDP
         port = destination_port if self._is_server else source_port
-        return None if port in self._udp_transits else DropReason.PORT
+        return None if port in self._transits[_UDP] else DropReason.PORT
 
     def _judge_icmp(self, packet: bytes | memoryview, total: int, sender: int) -> DropReason | None:
         if total < _ICMP_ERROR_SIZE or packet[_IPV4_SIZE] != _DESTINATION_UNREACHABLE:
@@ -165,9 +167,7 @@ class PacketFilter:
             return DropReason.ICMP_FLOW
         source_port, destination_port = _PORTS.unpack_from(packet, _EMBEDDED_PORTS_AT)
         port = source_port if self._is_server else destination_port
-        if protocol == _TCP and port in self._tcp_transits or protocol == _UDP and port in self._udp_transits:
-            return None
-        return DropReason.ICMP_FLOW
+        return None if port in self._transits.get(protocol, ()) else DropReason.ICMP_FLOW
 
 
 def trimmed(packet: memoryview) -> memoryview:
