@@ -31,6 +31,7 @@ UNSENT_LIMIT_BYTES: Final = 128 * 1024
 ACKNOWLEDGE_DEADLINE_S: Final = 10
 _ACCEPT_PAUSE_S: Final = 0.1
 
+_SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +52,7 @@ class Dialer:
     def __init__(self, endpoint: Tcp, *, mark: int | None = None) -> None:
         self.endpoint = endpoint
         self._mark = mark
-        self._addresses: list[tuple[socket.AddressFamily, tuple[str, int]]] = []
+        self._addresses: list[tuple[socket.AddressFamily, _SocketAddress]] = []
         # getaddrinfo cannot be interrupted, only abandoned: the token comes back when its thread really ends.
         self._resolver_threads = trio.CapacityLimiter(1)
 
@@ -70,7 +71,7 @@ class Dialer:
                     abandon_on_cancel=True,
                     limiter=self._resolver_threads,
                 )
-                self._addresses = [(family, address[:2]) for family, _, _, _, address in found]  # type: ignore[misc]
+                self._addresses = [(family, address) for family, _, _, _, address in found]
             except (OSError, UnicodeError) as error:
                 reason = str(error)
         if not self._addresses:
@@ -117,7 +118,7 @@ class Dialer:
         assert failure is not None
         raise failure
 
-    async def _connect(self, family: socket.AddressFamily, address: tuple[str, int]) -> trio.SocketStream:
+    async def _connect(self, family: socket.AddressFamily, address: _SocketAddress) -> trio.SocketStream:
         where = f"{address[0]} port {address[1]}"
         try:
             sock = trio.socket.socket(family, socket.SOCK_STREAM)
@@ -208,7 +209,7 @@ async def _accept_forever(
             try:
                 stream = await listener.accept()
             except OSError as error:
-                limited.event(logging.WARNING, "accept_paused", error=error.strerror)
+                limited.log("accept_paused", error.strerror or str(error))
                 await trio.sleep(_ACCEPT_PAUSE_S)
             else:
                 nursery.start_soon(handler, tuned(stream))

@@ -1,0 +1,34 @@
+"""What the command line asks of an agent, as a checked value. Does no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from enlink.endpoint import Tcp
+from enlink.link import Wire
+
+from enta.capture.plan import Plan
+
+FirewallChoice = Literal["auto", "nftables", "iptables"]
+
+DEFAULT_GATEWAY: Final = "127.0.0.1:6980"  # the original's
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """An agent.
+
+    Attributes:
+        plan: what it does to this host.
+        gateway: where its uplink goes.
+        wire: ``original`` for a gateway that knows no control messages.
+        firewall: which packet filter to use; ``auto`` takes nftables.
+        is_once: end when the gateway cannot be reached or has gone, instead of trying again.
+    """
+
+    plan: Plan
+    gateway: Tcp
+    wire: Wire = "auto"
+    firewall: FirewallChoice = "auto"
+    is_once: bool = False

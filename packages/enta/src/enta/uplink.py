@@ -1,0 +1,190 @@
+"""The agent's link to its gateway: dialled, greeted, kept alive, and made again for ever.
+
+Packets that find no link wait in a bounded queue, whose oldest give way: what a TCP sends last is what its peer misses.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, NoReturn
+
+import trio
+from enlink.errors import EngError
+from enlink.frame import Close, Hello, Packets, encode_packets
+from enlink.link import Link, LinkEnded, Wire, describe
+from enlink.program import log_event
+from enlink.status import Counters
+from enlink.stream import Dialer, LinkUnavailable
+from enlink.supervise import Backoff
+
+# Choices of ours.
+QUEUE_LIMIT_BYTES: Final = 1024 * 1024  # sixteen of the largest packets, or seven hundred of the usual ones
+_PROVED_GOOD_S: Final = 1.0
+
+_logger = logging.getLogger(__name__)
+
+
+class PacketQueue:
+    """Packets that wait for a link, oldest first; beyond *limit_bytes* the oldest are dropped."""
+
+    def __init__(self, limit_bytes: int = QUEUE_LIMIT_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._packets: deque[bytes] = deque()
+        self.size_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._packets)
+
+    def put(self, packets: Iterable[bytes]) -> int:
+        """Append packets and return how many old ones had to go."""
+        for packet in packets:
+            self._packets.append(packet)
+            self.size_bytes += len(packet)
+        dropped = 0
+        while self.size_bytes > self._limit_bytes:
+            self.size_bytes -= len(self._packets.popleft())
+            dropped += 1
+        return dropped
+
+    def take_all(self) -> list[bytes]:
+        """Empty the queue."""
+        packets = list(self._packets)
+        self._packets.clear()
+        self.size_bytes = 0
+        return packets
+
+
+class Uplink:
+    """Keeps one link to the gateway.
+
+    Args:
+        deliver: takes what the gateway sends, at once and without blocking.
+        wire: ``original`` for a gateway that knows no control messages.
+        is_once: the first failure is the end, instead of another attempt.
+
+    Attributes:
+        has_been_up: set when the gateway has answered for the first time.
+    """
+
+    def __init__(
+        self,
+        dialer: Dialer,
+        hello: Hello,
+        deliver: Callable[[Packets], None],
+        counters: Counters,
+        *,
+        wire: Wire = "auto",
+        is_once: bool = False,
+    ) -> None:
+        self._dialer = dialer
+        self._hello = hello
+        self._deliver = deliver
+        self._counters = counters
+        self._wire = wire
+        self._is_once = is_once
+        self._queue = PacketQueue()
+        self._link: Link | None = None
+        self.has_been_up = trio.Event()
+        self._changed_s = trio.current_time()
+        self._last_error: str | None = None
+
+    @property
+    def is_up(self) -> bool:
+        """There is a link, and the gateway has answered its greeting."""
+        return self._link is not None
+
+    def snapshot(self) -> Mapping[str, object]:
+        """Describe the uplink for ``status``."""
+        link = self._link
+        return {
+            "up": link is not None,
+            "gateway": str(self._dialer.endpoint),
+            "peer": describe(link.peer) if link else None,
+            "for_s": round(trio.current_time() - self._changed_s, 3),
+            "last_error": self._last_error,
+            "queued": {"packets": len(self._queue), "bytes": self._queue.size_bytes},
+        }
+
+    async def send(self, packets: list[bytes]) -> None:
+        """Send packets, oldest first, waiting while the link has no room; without a link, queue them."""
+        self._count_dropped("queue_full", self._queue.put(packets))
+        if self._link is not None:
+            await self._flush(self._link)
+
+    async def run(self) -> NoReturn:
+        """Keep the link until cancelled, and close it in good order then.
+
+        Raises:
+            LinkUnavailable, LinkEnded: once only, and it could not be reached, or is gone.
+            NotPermitted: the link cannot be marked.
+        """
+        backoff, was_told = Backoff(), False
+        while True:
+            began_s = trio.current_time()
+            try:
+                await self._connect_and_receive()
+            except* (LinkUnavailable, LinkEnded) as group:
+                error = _first(group)
+            self._last_error = str(error)
+            if self._link is not None:
+                was_told = False
+                self._set_link(None)
+            self._counters.add("uplink_ended", error.reason if isinstance(error, LinkEnded) else "unreachable")
+            if self._is_once:
+                raise error
+            if not was_told:
+                log_event(_logger, "uplink_down", logging.WARNING, error=error)
+                was_told = True
+            if trio.current_time() - began_s >= _PROVED_GOOD_S:
+                backoff.reset()
+            await trio.sleep(backoff.next_delay_s())
+
+    async def _connect_and_receive(self) -> NoReturn:
+        link = Link(await self._dialer.dial(), self._hello, lambda reason: self._counters.add("dropped", reason))
+        farewell: Close | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(link.keep_alive)
+                if self._wire == "original":
+                    link.skip_greeting()
+                else:
+                    await link.greet()
+                farewell = Close("the agent is stopping")
+                self._set_link(link)
+                log_event(_logger, "uplink_up", gateway=self._dialer.endpoint, peer=describe(link.peer))
+                self._counters.add("uplinks", "made")
+                self.has_been_up.set()
+                nursery.start_soon(self._flush, link)
+                while True:
+                    self._deliver(await link.receive())
+        finally:
+            await link.aclose(farewell)
+
+    async def _flush(self, link: Link) -> None:
+        packets = self._queue.take_all()
+        if not packets:
+            return
+        encoded = encode_packets(packets)
+        try:
+            await link.send(encoded)
+        except LinkEnded:
+            self._count_dropped("link_ended", len(packets))
+            return
+        self._counters.add("to_gateway", "packets", len(packets))
+        self._counters.add("to_gateway", "bytes", len(encoded))
+
+    def _set_link(self, link: Link | None) -> None:
+        self._link = link
+        self._changed_s = trio.current_time()
+
+    def _count_dropped(self, reason: str, count: int) -> None:
+        if count:
+            self._counters.add("dropped", reason, count)
+
+
+def _first(group: BaseExceptionGroup[EngError]) -> EngError:
+    for error in group.exceptions:
+        return _first(error) if isinstance(error, BaseExceptionGroup) else error
+    raise AssertionError("an exception group is never empty")
