@@ -1,0 +1,95 @@
+"""The sessions of `./dev`, and nothing else. They run in the environment that `./dev` made, which has all they need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "types", "imports", "test"]
+
+PROJECTS = [*sorted(Path("packages").iterdir()), Path("examples/echosvr")]
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Show the whole path on four hosts made of network namespaces, on this machine."""
+    session.run("python", "examples/demo/demo.py", *session.posargs)
+
+
+@nox.session
+def test(session: nox.Session) -> None:
+    """Run every test that CI runs. What follows `./dev test` goes to pytest."""
+    parallel = [] if session.posargs else ["--numprocesses=2", "--dist=loadfile"]
+    session.run("pytest", *parallel, *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Measure which branches the tests beside each package take, programs started by them not included."""
+    session.run("pytest", "--cov", "--cov-report=term", *(session.posargs or ["packages", "examples"]))
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Run the tests that take minutes to hours."""
+    session.run("pytest", "-m", "soak", "--timeout=7200", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check the code's manners and its layout. `./dev lint --fix` puts right what it can."""
+    fix = "--fix" in session.posargs
+    session.run("ruff", "check", *(["--fix"] if fix else []))
+    session.run("ruff", "format", *([] if fix else ["--check"]))
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of everything, tests included."""
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Check that the packages' layers hold."""
+    session.run("lint-imports", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Check that the links of the pages lead somewhere, and that the promises they list are those that tests prove."""
+    session.run("pytest", "tests/test_docs.py", "tests/test_proves.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure the path beside the direct one, in one run."""
+    session.run("python", "-m", "bench", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build a wheel and a source archive of each package into dist/. The same sources give the same bytes."""
+    dist = Path("dist").absolute()
+    for project in PROJECTS:
+        with session.chdir(project):
+            session.run("python", "-m", "hatchling", "build", "--directory", str(dist), silent=True)
+    session.log("built %s", " ".join(sorted(path.name for path in dist.iterdir())))
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """Write requirements/*.txt again: newest releases, each with its hashes, and no word about where they come from."""
+    command = [
+        *("uv", "pip", "compile", "--quiet", "--upgrade", "--universal", "--python-version=3.11", "--generate-hashes"),
+        *("--no-header", "--no-emit-index-url", "--no-emit-find-links"),
+        *("--no-emit-package=eng-link", "--no-emit-package=eng-ratstls"),
+    ]
+    projects = [str(project / "pyproject.toml") for project in PROJECTS]
+    build, runtime, dev = (f"requirements/{name}.txt" for name in ("build", "runtime", "dev"))
+    session.run(*command, "--group=build", f"--output-file={build}")
+    session.run(*command, *projects, f"--output-file={runtime}")
+    together = ["--extra=iptables", "--group=dev", f"--constraints={runtime}", f"--constraints={build}"]
+    session.run(*command, *projects, *together, f"--output-file={dev}")
