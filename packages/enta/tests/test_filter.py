@@ -227,6 +227,16 @@ def test_a_server_takes_packets_from_any_host_of_the_tuns_network_only(source: s
     assert ON_SERVER.judge(packet) is (None if is_taken else DropReason.SPOOF_SRC)
 
 
+def test_a_server_may_have_any_address_of_its_network() -> None:
+    plan = Plan("server", IPv4Interface("192.168.0.100/24"), SERVER.peer, replays=SERVER.replays)
+    taken = {f"192.168.0.{host}" for host in range(256)} - {"192.168.0.0", "192.168.0.100", "192.168.0.255"}
+    for source in [f"192.168.{block}.{host}" for block in (0, 1) for host in range(256)]:
+        judged = PacketFilter(plan).judge(ipv4(source, "192.168.0.100", TCP, BODY))
+        assert judged is (None if source in taken else DropReason.SPOOF_SRC)
+        judged = PacketFilter(plan).judge_outbound(ipv4("192.168.0.100", source, TCP, BODY))
+        assert judged is (None if source in taken else DropReason.WRONG_DST)
+
+
 @pytest.mark.proves("D13", "F42")
 @pytest.mark.parametrize(
     "source", [CLIENT_ADDRESS, OTHER_CLIENT, "192.168.0.253", "192.168.0.255", "0.0.0.0", "1.1.1.1"]
