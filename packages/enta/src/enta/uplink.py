@@ -82,6 +82,7 @@ class Uplink:
         self._hello = hello
         self._deliver = deliver
         self._counters = counters
+        self._sent = counters.group("to_gateway")
         self._wire = wire
         self._is_once = is_once
         self._queue = PacketQueue()
@@ -109,9 +110,10 @@ class Uplink:
 
     async def send(self, packets: list[bytes]) -> None:
         """Send packets, oldest first, waiting while the link has no room; without a link, queue them."""
-        self._count_dropped("queue_full", self._queue.put(packets))
-        if self._link is not None:
-            await self._flush(self._link)
+        if self._link is None:
+            self._count_dropped("queue_full", self._queue.put(packets))
+        else:
+            await self._transmit(self._link, self._queue.take_all() + packets)
 
     async def run(self) -> NoReturn:
         """Keep the link until cancelled, and close it in good order then.
@@ -156,24 +158,22 @@ class Uplink:
                 log_event(_logger, "uplink_up", gateway=self._dialer.endpoint, peer=describe(link.peer))
                 self._counters.add("uplinks", "made")
                 self.has_been_up.set()
-                nursery.start_soon(self._flush, link)
+                if len(self._queue):
+                    await self._transmit(link, self._queue.take_all())
                 while True:
                     self._deliver(await link.receive())
         finally:
             await link.aclose(farewell)
 
-    async def _flush(self, link: Link) -> None:
-        packets = self._queue.take_all()
-        if not packets:
-            return
+    async def _transmit(self, link: Link, packets: list[bytes]) -> None:
         encoded = encode_packets(packets)
         try:
             await link.send(encoded)
         except LinkEnded:
             self._count_dropped("link_ended", len(packets))
             return
-        self._counters.add("to_gateway", "packets", len(packets))
-        self._counters.add("to_gateway", "bytes", len(encoded))
+        self._sent["packets"] += len(packets)
+        self._sent["bytes"] += len(encoded)
 
     def _set_link(self, link: Link | None) -> None:
         self._link = link

@@ -18,7 +18,6 @@ from typing import Final, Literal
 
 import trio
 from enlink.endpoint import Tcp
-from enlink.errors import EngError
 from enlink.frame import Close, Error, Hello, Packets, Role
 from enlink.link import Link, LinkEnded, Wire, describe
 from enlink.program import RateLimitedLog, log_event
@@ -199,9 +198,7 @@ class Leg:
                 reason, text = connection.ended_by, connection.farewell.reason
             self._counters.add("ended", reason)
             event = "disconnected" if connection.identity is not None else "passed_by"
-            self._limited.log(
-                event, reason, logging.INFO, leg=self.name, address=connection.where, error=text
-            )
+            self._limited.log(event, reason, logging.INFO, leg=self.name, address=connection.where, error=text)
             await connection.link.aclose(connection.farewell)
 
     async def _introduce(self, connection: Connection, *, is_dialler: bool) -> None:

@@ -1,0 +1,141 @@
+"""The command line of ``entg``. What a gateway does is in gateway.py and legs.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import trio
+from enlink.endpoint import Tcp, parse_dial, parse_listen
+from enlink.errors import ConfigError, Unavailable, UsageError
+from enlink.program import ProgramParser, run_program
+from enlink.status import InstanceLock, fetch_status, live_instances, render_status, serve_status
+from enlink.supervise import stop_signals
+
+from entg import __version__
+from entg.config import DEFAULT_ENTA_PORT, DEFAULT_ENTG_PORT, GatewayConfig, parse_duration_s
+from entg.gateway import Gateway
+
+_DESCRIPTION = """\
+ENTG carries the packets of ENTAs to a peer ENTG and back. One ENTA and one peer connect at a time; whoever goes and
+comes back finds its place again. Plain `entg` is `entg --host --entg-listen 6979 --enta-listen 6980`.
+
+`entg status` shows what a running gateway does.
+"""
+_EXAMPLES = """\
+examples:
+  entg                                          on the host of the server's agent: waits for both
+  entg --entg-connect gateway.example:6979      on the host of the client's agent: dials the other gateway
+  entg status --json                            every counter of the gateway that runs here
+"""
+_ATTESTED = ("attester", "verifier", "tls", "crypto", "policy")
+
+
+def main() -> int:
+    """Run ``entg`` and return its exit code."""
+    return run_program(_parser(), _main)
+
+
+def _parser() -> ProgramParser:
+    parser = ProgramParser("entg", description=_DESCRIPTION, epilog=_EXAMPLES)
+    parser.set_defaults(run=_gateway)
+    where = parser.add_argument_group("where it runs").add_mutually_exclusive_group()
+    where.add_argument("--host", action="store_true", help="on an ordinary host (the default)")
+    where.add_argument("--occlum", action="store_true", help="in an Occlum enclave (needs RATS-TLS: not built yet)")
+    links = parser.add_argument_group("links")
+    peer = links.add_mutually_exclusive_group()
+    peer.add_argument("--entg-connect", metavar="HOST:PORT", type=parse_dial, help="dial the peer ENTG there")
+    peer.add_argument(
+        "--entg-listen",
+        metavar="[HOST:]PORT",
+        type=parse_listen,
+        help=f"wait for the peer ENTG there (default: {DEFAULT_ENTG_PORT})",
+    )
+    links.add_argument(
+        "--enta-listen",
+        metavar="[HOST:]PORT",
+        type=parse_listen,
+        default=Tcp(None, DEFAULT_ENTA_PORT),
+        help=f"wait for ENTAs there (default: {DEFAULT_ENTA_PORT}); without HOST on every address",
+    )
+    links.add_argument(
+        "--wire",
+        choices=("auto", "original"),
+        default="auto",
+        help="auto greets ENG peers when it dials, and finds out about who dials it; original says nothing but packets,"
+        " as the original ENTA and ENTG want it (default: auto)",
+    )
+    links.add_argument(
+        "--grace",
+        metavar="DURATION",
+        type=parse_duration_s,
+        default=10.0,
+        help="how long an orderly stop may take to pass on what has arrived (default: 10s)",
+    )
+    attested = parser.add_argument_group("attested links (RATS-TLS: not built yet, refused with exit code 78)")
+    attested.add_argument("--entg-rats-tls", action="store_true", help="attest the link to the peer ENTG")
+    attested.add_argument("--enta-rats-tls", action="store_true", help="attest the links to ENTAs")
+    attested.add_argument("--mutual", action="store_true", help="both sides attest")
+    for name in _ATTESTED:
+        attested.add_argument(f"--{name}", metavar="FILE" if name == "policy" else "NAME")
+    parser.add_common_options(__version__)
+    commands = parser.add_subparsers(title="commands", metavar="")
+    status = commands.add_parser(
+        "status", help="show what a running gateway does", description="Show what a running gateway does."
+    )
+    status.add_argument("--json", action="store_true", help="as JSON, every counter")
+    status.add_argument(
+        "--enta-port", type=int, metavar="PORT", help="which one, where several run: by its --enta-listen port"
+    )
+    status.add_common_options(__version__)
+    status.set_defaults(run=_status)
+    return parser
+
+
+async def _main(options: argparse.Namespace) -> None:
+    await options.run(options)
+
+
+async def _gateway(options: argparse.Namespace) -> None:
+    asked_for = [name for name in (*_ATTESTED, "entg_rats_tls", "enta_rats_tls", "mutual") if getattr(options, name)]
+    if options.occlum:
+        raise ConfigError("--occlum needs RATS-TLS links, which are not built yet: use --host, without attestation")
+    if asked_for:
+        option = asked_for[0].replace("_", "-")
+        raise ConfigError(
+            f"--{option}: RATS-TLS links are not built yet, and there is no fallback to plain ones: leave it out"
+        )
+    entg_listen = options.entg_listen
+    if entg_listen is None and options.entg_connect is None:
+        entg_listen = Tcp(None, DEFAULT_ENTG_PORT)
+    config = GatewayConfig(options.enta_listen, entg_listen, options.entg_connect, options.wire, options.grace)
+    gateway = Gateway(config)
+    async with stop_signals() as stopping:
+        port = await gateway.bind()
+        path = Path(options.status_socket) if options.status_socket else None
+        with InstanceLock("entg", "default", listen_port=port, status_path=path, facts={"enta_port": port}) as lock:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(serve_status, lock.status_path, gateway.snapshot)
+                await gateway.run(stopping)
+                nursery.cancel_scope.cancel()
+
+
+async def _status(options: argparse.Namespace) -> None:
+    path = Path(options.status_socket) if options.status_socket else _socket_of_running(options.enta_port)
+    document = await fetch_status(path)
+    sys.stdout.write(json.dumps(document, indent=2) + "\n" if options.json else render_status(document))
+
+
+def _socket_of_running(port: int | None) -> Path:
+    namespace = Path("/proc/thread-self/ns/net").stat().st_ino
+    running = [instance for instance in live_instances("entg") if instance.network_namespace == namespace]
+    chosen = [instance for instance in running if port is None or instance.facts.get("enta_port") == port]
+    if not chosen:
+        where = "here" if port is None else f"here with --enta-listen {port}"
+        raise Unavailable(f"no entg runs {where}: start one, or give its --status-socket")
+    if len(chosen) > 1:
+        ports = ", ".join(str(instance.facts.get("enta_port")) for instance in chosen)
+        raise UsageError(f"several entg run here: choose one with --enta-port, of {ports}")
+    return chosen[0].status_path

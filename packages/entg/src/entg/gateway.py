@@ -1,0 +1,83 @@
+"""Start a gateway's two legs, keep them, and end them in order. How a leg works is in legs.py."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+
+import trio
+from enlink.endpoint import Tcp
+from enlink.program import announce_ready
+from enlink.status import Counters
+from enlink.stream import Dialer, listen
+from enlink.supervise import Stopping
+
+from entg.config import GatewayConfig
+from entg.legs import Leg
+from entg.router import Router
+
+_logger = logging.getLogger(__name__)
+
+
+class Gateway:
+    """A gateway with one leg to ENTAs and one to a peer ENTG."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self._config = config
+        self._counters = Counters()
+        router = Router()
+        self._enta = Leg("enta", router, self._counters, config.wire)
+        self._entg = Leg("entg", router, self._counters, config.wire)
+        router.connect(self._enta, self._entg)
+        self._listeners: dict[str, list[trio.SocketListener]] = {}
+        self._started_s = trio.current_time()
+
+    def snapshot(self) -> Mapping[str, object]:
+        """Describe the gateway for ``status``."""
+        return {
+            "program": "entg",
+            "pid": os.getpid(),
+            "uptime_s": round(trio.current_time() - self._started_s, 3),
+            "legs": {leg.name: leg.snapshot() for leg in (self._enta, self._entg)},
+            "counters": self._counters.snapshot(),
+        }
+
+    async def bind(self) -> int:
+        """Listen on every port of the configuration; connections wait in the backlog until `run`.
+
+        Returns:
+            The port on which ENTAs connect.
+
+        Raises:
+            Unavailable, NotPermitted: a port cannot be listened on.
+        """
+        for leg, endpoint in ((self._enta, self._config.enta_listen), (self._entg, self._config.entg_listen)):
+            if endpoint is not None:
+                self._listeners[leg.name] = await listen(endpoint)
+        return int(self._listeners["enta"][0].socket.getsockname()[1])
+
+    async def run(self, stopping: Stopping) -> None:
+        """Serve until *stopping* is set, then pass on what has arrived, within the grace, and close every link."""
+        config = self._config
+        async with trio.open_nursery() as connections:
+            async with trio.open_nursery() as accepting:
+                for leg in (self._enta, self._entg):
+                    if leg.name in self._listeners:
+                        accepting.start_soon(leg.listen, self._listeners[leg.name], connections)
+                if config.entg_connect is not None:
+                    connections.start_soon(self._entg.dial, Dialer(config.entg_connect))
+                listening = {f"{name}_listen": _addresses(bound) for name, bound in self._listeners.items()}
+                announce_ready(_logger, **listening, entg_connect=config.entg_connect)
+                await stopping.wait()
+                accepting.cancel_scope.cancel()
+            with trio.move_on_after(config.grace_s):
+                async with trio.open_nursery() as draining:
+                    draining.start_soon(self._enta.drain)
+                    draining.start_soon(self._entg.drain)
+            connections.cancel_scope.cancel()
+
+
+def _addresses(listeners: list[trio.SocketListener]) -> str:
+    names = (listener.socket.getsockname()[:2] for listener in listeners)
+    return ",".join(str(Tcp(host, port)).removeprefix("tcp://") for host, port in names)
