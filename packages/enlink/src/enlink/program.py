@@ -69,7 +69,7 @@ class ProgramParser(argparse.ArgumentParser):
             help="how to write a line of the log (default: text)",
         )
         group.add_argument("--status-socket", metavar="PATH", help="answer `status` here, not in the runtime directory")
-        group.add_argument("--version", action="version", version=f"{self.prog} {version}")
+        group.add_argument("--version", action="version", version=f"{self.prog.split()[0]} {version}")
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError, where argparse would print its usage and leave."""

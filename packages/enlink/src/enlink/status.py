@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 import trio
 
 from enlink.errors import CannotCreate, NotPermitted, ProtocolError, Unavailable
-from enlink.log import printable
+from enlink.log import dropped_lines, printable
 
 # Choices of ours.
 STATUS_CLIENTS: Final = 8  # at once; more of them wait
@@ -232,7 +232,7 @@ async def serve_status(
 ) -> None:
     """Answer every connection to the unix socket *path* with one JSON document, until cancelled.
 
-    Only this user may connect. Clients that do not read cost a place among eight, for two seconds. A dead program's
+    The document is *snapshot*'s, and how many lines of the log were lost. Only this user may connect. Clients that do not read cost a place among eight, for two seconds. A dead program's
     socket is replaced, and ours is removed at the end.
 
     Raises:
@@ -241,9 +241,9 @@ async def serve_status(
     slots = trio.Semaphore(STATUS_CLIENTS)
 
     async def answer(stream: trio.SocketStream) -> None:
-        document = json.dumps(snapshot(), default=str).encode() + b"\n"
+        document = {**snapshot(), "log": {"dropped_lines": dropped_lines()}}
         with trio.move_on_after(STATUS_DEADLINE_S), suppress(trio.BrokenResourceError):
-            await stream.send_all(document)
+            await stream.send_all(json.dumps(document, default=str).encode() + b"\n")
         stream.socket.close()
         slots.release()
 
