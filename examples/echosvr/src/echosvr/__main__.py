@@ -1,0 +1,5 @@
+import sys
+
+from echosvr.cli import main
+
+sys.exit(main())
