@@ -22,12 +22,18 @@ class Firewall(Protocol):
     backend: Literal["nftables", "iptables"]
 
     def add_guard(self) -> None:
-        """Drop captured traffic that would leave by anything but the TUN. Does nothing unless the plan fails closed."""
+        """Claim the instance; unless the plan fails open, drop captured traffic that would leave by another device.
+
+        Comes first. Until it has returned nothing on the host is this instance's.
+        """
 
     def delete_guard(self) -> None: ...
 
     def add_capture(self) -> None:
-        """Turn captured packets into the tunnel (client), or packets out of the tunnel to the server's port (server)."""
+        """Send captured packets into the tunnel (client), or the tunnel's packets to the servers' ports (server).
+
+        Also keeps everything else that comes out of the tunnel away from this host and from those behind it.
+        """
 
     def delete_capture(self) -> None: ...
 
