@@ -6,6 +6,7 @@ A program's ``cli`` prints the text of one of these as its single line on standa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -55,3 +56,12 @@ class ConfigError(EngError):
     """Contradictory, unsafe or not yet supported options, or a bad policy."""
 
     exit_code = 78
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield the errors inside a group, however deep; or *error* itself, if it is no group."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NoReturn
 
 import trio
-from enlink.errors import EngError
+from enlink.errors import leaves
 from enlink.frame import Close, Hello, Packets, encode_packets
 from enlink.link import Link, LinkEnded, Wire, describe
 from enlink.program import log_event
@@ -128,7 +128,7 @@ class Uplink:
             try:
                 await self._connect_and_receive()
             except* (LinkUnavailable, LinkEnded) as group:
-                error = _first(group)
+                error = next(leaves(group))
             self._last_error = str(error)
             if self._link is not None:
                 was_told = False
@@ -182,9 +182,3 @@ class Uplink:
     def _count_dropped(self, reason: str, count: int) -> None:
         if count:
             self._counters.add("dropped", reason, count)
-
-
-def _first(group: BaseExceptionGroup[EngError]) -> EngError:
-    for error in group.exceptions:
-        return _first(error) if isinstance(error, BaseExceptionGroup) else error
-    raise AssertionError("an exception group is never empty")
