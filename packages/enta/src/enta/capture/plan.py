@@ -186,7 +186,7 @@ def parse_captures(texts: Sequence[str]) -> tuple[Capture, ...]:
     for text, (protocol, destination, port, transit) in _parse_all("--capture", texts):
         for other in captures:
             if (other.protocol, other.destination, other.port) == (protocol, destination, port):
-                raise UsageError(f"--capture {text}: {other} is captured already")
+                raise UsageError(f"--capture {text!r}: {other} is captured already")
         captures.append(Capture(protocol, port, transit, destination))
     return tuple(captures)
 
@@ -202,7 +202,7 @@ def parse_replays(texts: Sequence[str]) -> tuple[Replay, ...]:
     replays: list[Replay] = []
     for text, (protocol, destination, port, transit) in _parse_all("--replay", texts):
         if destination is not None:
-            raise UsageError(f"--replay {text}: takes no address, write [PROTO/]PORT[:TRANSIT]")
+            raise UsageError(f"--replay {text!r}: takes no address, write [PROTO/]PORT[:TRANSIT]")
         replays.append(Replay(protocol, port, transit))
     return tuple(replays)
 
