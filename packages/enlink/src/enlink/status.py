@@ -146,7 +146,7 @@ class InstanceLock:
         try:
             self._descriptor = self._acquire()
             contents = json.dumps(self._contents).encode()
-            # In this order there is never half a description in the file.
+            # Until it is cut to length it is no JSON, which readers take for an instance that has just started.
             os.pwrite(self._descriptor, contents, 0)
             os.ftruncate(self._descriptor, len(contents))
         except OSError as error:
@@ -194,6 +194,7 @@ def live_instances(program: str) -> list[LiveInstance]:
                 if instance is not None and instance.program == program:
                     found.append(instance)
             elif _is_file(path, descriptor):
+                path.with_suffix(".sock").unlink(missing_ok=True)
                 path.unlink()
         finally:
             os.close(descriptor)
@@ -242,9 +243,8 @@ async def serve_status(
 
     async def answer(stream: trio.SocketStream) -> None:
         document = {**snapshot(), "log": {"dropped_lines": dropped_lines()}}
-        with trio.move_on_after(STATUS_DEADLINE_S), suppress(trio.BrokenResourceError):
+        with stream.socket, trio.move_on_after(STATUS_DEADLINE_S), suppress(trio.BrokenResourceError):
             await stream.send_all(json.dumps(document, default=str).encode() + b"\n")
-        stream.socket.close()
         slots.release()
 
     with _status_socket(path) as listener:
