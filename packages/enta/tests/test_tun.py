@@ -265,7 +265,7 @@ def test_a_busy_device_leaves_other_tasks_their_turn(host: Host) -> None:
             for _ in range(QUEUE_PACKETS):
                 await tun.read_packets(limit=1)
             nursery.cancel_scope.cancel()
-        assert QUEUE_PACKETS / 16 < turns < QUEUE_PACKETS / 4
+        assert abs(turns - QUEUE_PACKETS // 8) <= 3  # at both ends a turn or two are not the reader's to give
 
     with opened_tun(host) as tun, program(host) as program_socket:
         run(main)
@@ -412,9 +412,10 @@ def test_a_name_that_the_kernel_would_cut_is_refused(name: str) -> None:
 
 
 @pytest.mark.proves("F61")
-def test_the_longest_name_is_kept(host: Host) -> None:
-    with host.entered(), open_tun("fifteen-bytes-x") as tun:
-        assert tun.name == "fifteen-bytes-x"
+@pytest.mark.parametrize("name", ["x", "fifteen-bytes-x"])
+def test_the_shortest_and_the_longest_name_are_kept(host: Host, name: str) -> None:
+    with host.entered(), open_tun(name) as tun:
+        assert tun.name == name
 
 
 @pytest.mark.proves("F61")
