@@ -21,7 +21,7 @@ from typing import Final, Literal
 Buffer = bytes | bytearray | memoryview
 Interface = IPv4Interface | IPv6Interface
 DiscardReason = Literal["empty", "not_ip", "too_short"]
-FaultReason = Literal["frame_len", "junk", "bad_control"]
+FaultReason = Literal["frame_len", "junk", "flood", "bad_control"]
 
 # The wire format.
 HEADER_BYTES: Final = 4
@@ -32,6 +32,8 @@ _MIN_IPV6_BYTES: Final = 40  # RFC 8200
 
 # Choices of ours.
 JUNK_LIMIT: Final = 64  # frames in a row that are neither packet nor message: this is no peer of ours
+FLOOD_LIMIT: Final = 1024  # frames a second that carry no packet: each costs us more than it costs the peer
+_MAX_HELLO_BYTES: Final = 1024
 _MAX_TEXT_BYTES: Final = 255
 
 _LENGTH = struct.Struct("!I")
@@ -48,6 +50,8 @@ class Role(IntEnum):
 
 
 class ControlType(IntEnum):
+    """The second byte of a control message."""
+
     HELLO = 1
     ROUTES = 2  # reserved: who is where. Comes with the many-party router; skipped until then.
     KEEPALIVE = 3
@@ -156,18 +160,25 @@ Event = Packets | ControlMessage | Discarded | Fault
 class FrameDecoder:
     """Turns the bytes of one link into events. Feed it whatever arrives; it keeps at most one unfinished frame.
 
-    A frame's length is judged from its header, before anything is allocated for it.
+    A frame's length is judged from its header, before anything is allocated for it. Frames without a packet are
+    rationed: call `refill` once a second.
     """
 
     limit_bytes: int = LIMIT_BYTES
     _partial: bytearray = field(default_factory=bytearray)
     _junk_in_a_row: int = 0
+    _ration: int = FLOOD_LIMIT
+    _has_hello: bool = False
     _is_broken: bool = False
 
     @property
     def is_between_frames(self) -> bool:
         """No frame is unfinished: the stream may end here without having been cut."""
         return not self._partial
+
+    def refill(self) -> None:
+        """Allow `FLOOD_LIMIT` more frames without a packet: a second has passed."""
+        self._ration = FLOOD_LIMIT
 
     def feed(self, data: Buffer) -> list[Event]:
         """Take the next bytes of the stream and return what they complete, in order.
@@ -234,9 +245,13 @@ class FrameDecoder:
 
     def _append_other(self, events: list[Event], payload: memoryview, version: int) -> bool:
         """Append the event of a frame that carries no IP packet. Returns whether the link may go on."""
+        if not self._ration:
+            self._break(events, "flood", f"sent more than {FLOOD_LIMIT} frames without a packet in a second")
+            return False
+        self._ration -= 1
         if len(payload) >= 2 and payload[0] == 0:
             try:
-                events.append(_decode_control(payload))
+                events.append(self._decode_control(payload))
             except ValueError as error:
                 self._break(events, "bad_control", f"sent a malformed control message: {error}")
                 return False
@@ -249,6 +264,23 @@ class FrameDecoder:
             self._break(events, "junk", f"sent {JUNK_LIMIT} frames in a row that are no IP packets")
             return False
         return True
+
+    def _decode_control(self, payload: memoryview) -> ControlMessage:
+        kind, body = payload[1], bytes(payload[2:])
+        match kind:
+            case ControlType.HELLO:
+                if self._has_hello:
+                    raise ValueError("HELLO for the second time")
+                self._has_hello = True
+                return _decode_hello(body)
+            case ControlType.KEEPALIVE:
+                return Keepalive()
+            case ControlType.CLOSE:
+                return Close(_decode_text(body))
+            case ControlType.ERROR:
+                return Error(_decode_text(body))
+            case _:
+                return Unknown(kind)
 
     def _break(self, events: list[Event], reason: FaultReason, text: str) -> None:
         self._is_broken = True
@@ -288,24 +320,9 @@ def encode_control(message: ControlMessage) -> bytes:
             kind, body = ControlType.CLOSE, _encode_text(reason)
         case Error(reason):
             kind, body = ControlType.ERROR, _encode_text(reason)
-        case Unknown():
+        case _:
             raise ValueError("an unknown message cannot be encoded")
     return _LENGTH.pack(2 + len(body)) + bytes((0, kind)) + body
-
-
-def _decode_control(payload: memoryview) -> ControlMessage:
-    kind, body = payload[1], bytes(payload[2:])
-    match kind:
-        case ControlType.HELLO:
-            return _decode_hello(body)
-        case ControlType.KEEPALIVE:
-            return Keepalive()
-        case ControlType.CLOSE:
-            return Close(_decode_text(body))
-        case ControlType.ERROR:
-            return Error(_decode_text(body))
-        case _:
-            return Unknown(kind)
 
 
 def _encode_hello(hello: Hello) -> bytes:
@@ -314,15 +331,22 @@ def _encode_hello(hello: Hello) -> bytes:
     instance = hello.instance.encode()
     if len(instance) > 63:
         raise ValueError(f"the instance name has {len(instance)} bytes, more than 63")
-    parts = [_HELLO.pack(hello.version, hello.role, hello.mtu), _FIELD.pack(_HelloTag.INSTANCE, len(instance)), instance]
+    parts = [
+        _HELLO.pack(hello.version, hello.role, hello.mtu),
+        _FIELD.pack(_HelloTag.INSTANCE, len(instance)),
+        instance,
+    ]
     for interface in hello.tun:
         value = bytes((interface.network.prefixlen,)) + interface.packed
         parts += (_FIELD.pack(_HelloTag.TUN, len(value)), value)
-    return b"".join(parts)
+    body = b"".join(parts)
+    if len(body) > _MAX_HELLO_BYTES:
+        raise ValueError(f"HELLO of {len(body)} bytes, more than {_MAX_HELLO_BYTES}: too many TUN addresses")
+    return body
 
 
 def _decode_hello(body: bytes) -> Hello:
-    if len(body) < _HELLO.size:
+    if not _HELLO.size <= len(body) <= _MAX_HELLO_BYTES:
         raise ValueError(f"HELLO of {len(body)} bytes")
     version, role, mtu = _HELLO.unpack_from(body)
     if not version:

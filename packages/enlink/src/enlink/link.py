@@ -1,10 +1,11 @@
-"""One framed connection over any trio stream: greeting, packets, keepalive, an orderly end. Dialling is in stream.py."""
+"""One framed connection over any trio stream: greeting, packets, keepalive, an orderly end. stream.py dials."""
 
 from __future__ import annotations
 
 import os
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, Literal, NoReturn, Protocol
 
 import trio
@@ -38,6 +39,8 @@ SILENCE_LIMIT_S: Final = 2 * KEEPALIVE_INTERVAL_S
 _WATCH_INTERVAL_S: Final = 1.0
 _BURST: Final = 16  # operations that find the kernel ready before other tasks get their turn
 _FAREWELL_S: Final = 1.0
+_FLOOD_WINDOW_S: Final = 1.0
+_ORIGINAL_HINT: Final = " (an original ENTA or ENTG needs --wire original)"
 
 
 class LinkEnded(Unavailable):
@@ -86,6 +89,7 @@ class Link:
         self._sending = trio.Lock()
         self._is_closed = False
         self._is_mid_frame = False
+        self._refilled_at = trio.current_time()
         self._has_said_hello = False
         self._last_sent = self._last_received = trio.current_time()
         self._waiting_since: float | None = None
@@ -94,7 +98,7 @@ class Link:
         """As the dialler: say HELLO and wait for the answer. Packets that come before it are dropped and counted.
 
         Raises:
-            LinkEnded: no answer within `GREETING_DEADLINE_S`; perhaps an original peer, which needs ``--wire original``.
+            LinkEnded: no answer within `GREETING_DEADLINE_S`. An original peer needs ``--wire original``.
         """
         with trio.move_on_after(GREETING_DEADLINE_S):
             await self._send_control(self._hello)
@@ -104,7 +108,7 @@ class Link:
                     for _ in range(event.count):
                         self._count("before_hello")
             return self.peer
-        raise LinkEnded("no_hello", "the peer did not answer HELLO (an original ENTA or ENTG needs --wire original)")
+        raise LinkEnded("no_hello", f"the peer did not answer our HELLO{_ORIGINAL_HINT}")
 
     def skip_greeting(self) -> None:
         """Take the peer for an original one, which knows no control messages and dies of the first."""
@@ -135,8 +139,9 @@ class Link:
 
     async def send(self, encoded: Buffer) -> None:
         """Send whole encoded frames, waiting while the kernel has no room."""
-        async with self._sending:
-            await self._write(encoded)
+        if self._is_closed:
+            raise LinkEnded("closed", "the link was closed here")
+        await self._send(encoded)
 
     @property
     def is_between_frames(self) -> bool:
@@ -178,32 +183,28 @@ class Link:
         self._is_closed = True
         with trio.move_on_after(_FAREWELL_S, shield=True):
             if message is not None:
-                try:
+                # The peer went first, or another task still receives and hears what the peer has to say.
+                with suppress(LinkEnded, OSError, trio.BrokenResourceError, trio.BusyResourceError):
                     await self._say_farewell(message)
-                except (LinkEnded, trio.ClosedResourceError, trio.BrokenResourceError):
-                    pass  # the peer went first
         await trio.aclose_forcefully(self._stream)
 
     async def _say_farewell(self, message: Close | Error) -> None:
-        # A send that was cut short leaves half a frame behind, and more bytes would only complete it with rubbish.
-        if self._is_mid_frame:
-            return
         if self.speech == "eng":
-            await self._send_control(message)
+            await self._send(encode_control(message))
         if isinstance(self._stream, trio.abc.HalfCloseableStream):
             await self._stream.send_eof()
             # Closing with unread bytes would reset the connection, and the peer might never see our last words.
-            while await self._port.read():
+            while await self._read_some():
                 pass
 
-    async def _next_event(self) -> Event:
+    async def _next_event(self) -> Packets | Hello:
         """Return the next event that is not the link's own business."""
         while True:
             while self._events:
-                event = self._events.popleft()
+                event = self._events[0]
                 match event:
                     case Packets():
-                        return event
+                        pass
                     case Discarded(reason):
                         self._count(reason)
                     case Fault(reason, text):
@@ -211,8 +212,10 @@ class Link:
                         raise PeerFault(reason, f"the peer {text}")
                     case _:
                         await self._hear(event)
-                        if isinstance(event, Hello):
-                            return event
+                # Not before: who is cancelled while answering HELLO has still to answer it.
+                self._events.popleft()
+                if isinstance(event, Packets | Hello):
+                    return event
             self._events.extend(self._decoder.feed(await self._read()))
 
     async def _hear(self, message: ControlMessage) -> None:
@@ -222,52 +225,84 @@ class Link:
             raise Refused("refused", f"the peer refused the link: {message.reason}")
         if isinstance(message, Unknown):
             self._count("unknown_control")
-        elif isinstance(message, Hello) and self.peer is None and self.speech != "raw":
-            self.peer = message
-            self.speech = "eng"
+        elif isinstance(message, Hello) and self.speech == "silent":
             if not self._has_said_hello:
                 await self._send_control(self._hello)
-        elif self.speech != "eng" or isinstance(message, Hello):
+            self.peer = message
+            self.speech = "eng"
+        elif self.speech != "eng":
             raise PeerFault("bad_control", f"the peer said {type(message).__name__.upper()} out of turn")
 
     async def _refuse(self, text: str) -> None:
         if self.speech == "eng":
-            with trio.move_on_after(_FAREWELL_S):
+            with trio.move_on_after(_FAREWELL_S), suppress(LinkEnded):
                 await self._send_control(Error(f"you {text}"))
 
     async def _send_control(self, message: ControlMessage) -> None:
+        await self.send(encode_control(message))
         if isinstance(message, Hello):
             self._has_said_hello = True
-        await self.send(encode_control(message))
 
     async def _read(self) -> bytes:
         self._waiting_since = trio.current_time()
         try:
-            data = await self._port.read()
-        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+            data = await self._read_some()
+        except trio.ClosedResourceError as error:
+            raise LinkEnded("closed", "the link was closed here") from error
+        except (trio.BrokenResourceError, OSError) as error:
             raise LinkEnded("reset", f"the connection broke: {error.__cause__ or error}") from error
         finally:
             self._waiting_since = None
-        self._last_received = trio.current_time()
+        self._last_received = now = trio.current_time()
+        if now - self._refilled_at >= _FLOOD_WINDOW_S:
+            self._refilled_at = now
+            self._decoder.refill()
         if not data:
-            if self.speech == "eng" or not self.is_between_frames:
+            if self._has_said_hello and self.peer is None:
+                raise LinkEnded("truncated", f"the peer hung up on our HELLO{_ORIGINAL_HINT}")
+            if self._has_said_hello or not self.is_between_frames:
                 raise LinkEnded("truncated", "the connection ended without CLOSE")
             raise LinkEnded("eof", "the peer ended its side of the connection")
         return data
 
+    async def _read_some(self) -> bytes:
+        await self._port.take_turn()
+        return await self._port.read()
+
+    async def _send(self, encoded: Buffer) -> None:
+        # trio's lock visits the scheduler even when it is free, which costs four times what the sending does.
+        try:
+            self._sending.acquire_nowait()
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        try:
+            await self._write(encoded)
+        finally:
+            self._sending.release()
+
     async def _write(self, encoded: Buffer) -> None:
+        # A send that was cut short leaves half a frame behind, which more bytes would only complete with rubbish.
+        if self._is_mid_frame:
+            raise LinkEnded("cut", "a send was cancelled half-way")
+        await self._port.take_turn()
         self._is_mid_frame = True
         try:
             await self._port.write(encoded)
-        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+        except trio.ClosedResourceError as error:
+            raise LinkEnded("closed", "the link was closed here") from error
+        except (trio.BrokenResourceError, OSError) as error:
             raise LinkEnded("reset", f"the connection broke: {error.__cause__ or error}") from error
         self._is_mid_frame = False
         self._last_sent = trio.current_time()
 
 
 class _Port(Protocol):
-    """How bytes get in and out of a stream."""
+    """How bytes get in and out of a stream.
 
+    Before either, `take_turn`: the one place where a cancellation that is due already is noticed in time.
+    """
+
+    async def take_turn(self) -> None: ...
     async def read(self) -> bytes: ...
     async def write(self, data: Buffer) -> None: ...
 
@@ -277,6 +312,9 @@ class _StreamPort:
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
+
+    async def take_turn(self) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
 
     async def read(self) -> bytes:
         return bytes(await self._stream.receive_some(READ_BYTES))
@@ -297,8 +335,13 @@ class _SocketPort:
         self._socket = stream.socket
         self._in_a_row = 0
 
+    async def take_turn(self) -> None:
+        self._in_a_row += 1
+        if self._in_a_row >= _BURST:
+            self._in_a_row = 0
+            await trio.lowlevel.checkpoint()
+
     async def read(self) -> bytes:
-        await self._give_way()
         while True:
             try:
                 return os.read(self._descriptor(), READ_BYTES)
@@ -307,7 +350,6 @@ class _SocketPort:
                 await trio.lowlevel.wait_readable(self._socket)
 
     async def write(self, data: Buffer) -> None:
-        await self._give_way()
         try:
             sent = os.write(self._descriptor(), data)
         except BlockingIOError:
@@ -321,12 +363,6 @@ class _SocketPort:
         if descriptor < 0:
             raise trio.ClosedResourceError("the link was closed here")
         return descriptor
-
-    async def _give_way(self) -> None:
-        self._in_a_row += 1
-        if self._in_a_row >= _BURST:
-            self._in_a_row = 0
-            await trio.lowlevel.checkpoint()
 
 
 def describe(hello: Hello | None) -> str:
