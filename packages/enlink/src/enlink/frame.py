@@ -190,12 +190,12 @@ class FrameDecoder:
             return events
         view = memoryview(data)
         start = self._finish_partial(view, events) if self._partial else 0
-        if not self._is_broken and not self._partial:
+        if not self._partial:
             self._scan(view, start, events)
         return events
 
     def _finish_partial(self, view: memoryview, events: list[Event]) -> int:
-        """Complete the unfinished frame alone, so that the rest of *view* need not be copied. Returns its end."""
+        """Complete the unfinished frame alone, so that the rest of *view* need not be copied. Returns where to go on."""
         partial, taken = self._partial, 0
         if len(partial) < HEADER_BYTES:
             taken = min(HEADER_BYTES - len(partial), len(view))
@@ -211,7 +211,7 @@ class FrameDecoder:
                 return taken
         self._partial = bytearray()
         self._scan(memoryview(partial), 0, events)
-        return taken
+        return len(view) if self._is_broken else taken
 
     def _scan(self, view: memoryview, start: int, events: list[Event]) -> None:
         """Append the events of every whole frame from *start* on, and keep what is left over."""
