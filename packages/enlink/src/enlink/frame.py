@@ -195,7 +195,7 @@ class FrameDecoder:
         return events
 
     def _finish_partial(self, view: memoryview, events: list[Event]) -> int:
-        """Complete the unfinished frame alone, so that the rest of *view* need not be copied. Returns where to go on."""
+        """Complete the unfinished frame alone, so that the rest of *view* need no copy. Returns where to go on."""
         partial, taken = self._partial, 0
         if len(partial) < HEADER_BYTES:
             taken = min(HEADER_BYTES - len(partial), len(view))
