@@ -19,7 +19,7 @@ import trio
 import trio.testing
 from enlink.errors import CannotCreate, SystemFailure, UsageError
 from enlink.testing.hosts import Host, Network
-from enta.tun import Tun, TunGone, WriteDrop, open_tun
+from enta.tun import Tun, TunGone, WriteDrop, check_driver, check_name, open_tun
 
 NAME = "eng0"
 OURS, PEER = "192.168.0.1", "192.168.0.254"
@@ -430,8 +430,9 @@ def test_the_shortest_and_the_longest_name_are_kept(host: Host, name: str) -> No
 def test_a_name_in_use_is_refused_and_left_alone(host: Host, made_by: list[str]) -> None:
     host.run(*made_by)
     links, before = host.run("ip", "-details", "link"), descriptors()
-    with host.entered(), pytest.raises(CannotCreate, match=r"TUN eng0 \(EBUSY\): the name is taken: .*--tun-name"):
-        open_tun(NAME)
+    for attempt in (open_tun, check_name):
+        with host.entered(), pytest.raises(CannotCreate, match=r"TUN eng0 \(EBUSY\): the name is taken: .*--tun-name"):
+            attempt(NAME)
     assert host.run("ip", "-details", "link") == links
     assert descriptors() == before
 
@@ -445,6 +446,27 @@ def test_a_device_that_another_agent_holds_is_refused(host: Host) -> None:
 def test_a_name_that_the_kernel_does_not_like_is_reported(host: Host) -> None:
     with host.entered(), pytest.raises(CannotCreate, match="the kernel refuses the name"):
         open_tun("eng 0")
+
+
+def test_checking_says_nothing_where_a_device_can_be_made_and_makes_none(host: Host) -> None:
+    before = descriptors()
+    with host.entered():
+        check_driver()
+        check_name(NAME)
+    assert NAME not in host.run("ip", "-brief", "link")
+    assert descriptors() == before
+
+
+def test_checking_tells_what_would_keep_a_device_from_being_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = descriptors()
+    for node, error, said in (
+        ("/dev/net/absent", CannotCreate, "ENOENT.: load the driver"),
+        ("/dev/null", SystemFailure, "ENOTTY.: is it really the TUN driver's"),
+    ):
+        monkeypatch.setattr("enta.tun._NODE", node)
+        with pytest.raises(error, match=said):
+            check_driver()
+    assert descriptors() == before
 
 
 @pytest.mark.proves("F73")

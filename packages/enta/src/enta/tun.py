@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import struct
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +17,7 @@ from enlink.errors import CannotCreate, EngError, NotPermitted, SystemFailure, U
 
 # From linux/if_tun.h and linux/if.h.
 _TUNSETIFF: Final = 0x400454CA
+_TUNGETFEATURES: Final = 0x800454CF
 _IFF_TUN: Final = 0x0001
 _IFF_NO_PI: Final = 0x1000
 _IFF_TUN_EXCL: Final = 0x8000  # refuse a device that exists, even one that we could attach to
@@ -177,10 +179,7 @@ def open_tun(name: str) -> Tun:
     encoded = name.encode()
     if not 0 < len(encoded) <= _MAX_NAME_BYTES:
         raise UsageError(f"TUN name {name!r}: use 1 to {_MAX_NAME_BYTES} bytes")
-    try:
-        descriptor = os.open(_NODE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise _open_failure(error) from error
+    descriptor = _open_node()
     try:
         request = _IFREQ.pack(encoded, _IFF_TUN | _IFF_NO_PI | _IFF_TUN_EXCL)
         answer = fcntl.ioctl(descriptor, _TUNSETIFF, request)
@@ -188,6 +187,38 @@ def open_tun(name: str) -> Tun:
         os.close(descriptor)
         raise _create_failure(error, name) from error
     return Tun(descriptor, _IFREQ.unpack(answer)[0].rstrip(b"\0").decode())
+
+
+def check_driver() -> None:
+    """Find out whether a device can be made, as far as that can be told without making one.
+
+    Raises:
+        NotPermitted, CannotCreate, SystemFailure: as `open_tun` would.
+    """
+    descriptor = _open_node()
+    try:
+        fcntl.ioctl(descriptor, _TUNGETFEATURES, bytes(4))
+    except OSError as error:
+        raise SystemFailure(f"cannot use {_NODE} ({_errno_name(error)}): is it really the TUN driver's?") from error
+    finally:
+        os.close(descriptor)
+
+
+def check_name(name: str) -> None:
+    """Find out whether a device called *name* is in the calling thread's network namespace.
+
+    Raises:
+        CannotCreate: as `open_tun` would.
+    """
+    if name in (taken for _, taken in socket.if_nameindex()):
+        raise _create_failure(OSError(errno.EBUSY, os.strerror(errno.EBUSY)), name)
+
+
+def _open_node() -> int:
+    try:
+        return os.open(_NODE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise _open_failure(error) from error
 
 
 def _open_failure(error: OSError) -> EngError:

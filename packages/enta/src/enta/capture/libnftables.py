@@ -18,6 +18,7 @@ struct nft_ctx *nft_ctx_new(uint32_t flags);
 void nft_ctx_free(struct nft_ctx *ctx);
 int nft_ctx_buffer_output(struct nft_ctx *ctx);
 int nft_ctx_buffer_error(struct nft_ctx *ctx);
+void nft_ctx_set_dry_run(struct nft_ctx *ctx, bool dry);
 const char *nft_ctx_get_output_buffer(struct nft_ctx *ctx);
 const char *nft_ctx_get_error_buffer(struct nft_ctx *ctx);
 int nft_run_cmd_from_buffer(struct nft_ctx *ctx, const char *text);
@@ -42,6 +43,7 @@ class _Library(Protocol):
     def nft_ctx_free(self, context: _Context) -> None: ...
     def nft_ctx_buffer_output(self, context: _Context) -> int: ...
     def nft_ctx_buffer_error(self, context: _Context) -> int: ...
+    def nft_ctx_set_dry_run(self, context: _Context, is_dry_run: bool) -> None: ...
     def nft_ctx_get_output_buffer(self, context: _Context) -> object: ...
     def nft_ctx_get_error_buffer(self, context: _Context) -> object: ...
     def nft_run_cmd_from_buffer(self, context: _Context, text: bytes) -> int: ...
@@ -88,14 +90,15 @@ class Nft:
         self._library.nft_ctx_buffer_output(self._context)
         self._library.nft_ctx_buffer_error(self._context)
 
-    def run(self, text: str) -> str:
-        """Run *text*, all of it or none, and return what it prints.
+    def run(self, text: str, *, is_dry_run: bool = False) -> str:
+        """Run *text*, all of it or none, and return what it prints. A dry run changes nothing, but the kernel judges it.
 
         Raises:
             NftFailure: the kernel or the library said no.
         """
         if self._context is None:
             raise ValueError("this nftables context is closed")
+        self._library.nft_ctx_set_dry_run(self._context, is_dry_run)
         status = self._library.nft_run_cmd_from_buffer(self._context, text.encode())
         printed = self._text(self._library.nft_ctx_get_output_buffer(self._context))
         complaint = self._text(self._library.nft_ctx_get_error_buffer(self._context))
