@@ -23,7 +23,7 @@ from typing import Final
 LINE_LIMIT_BYTES: Final = 4096  # PIPE_BUF: programs that share a pipe never cut into each other's lines
 
 # Choices of ours.
-QUEUED_LINES: Final = 256  # so at most 1 MiB waits for a reader that has stopped
+QUEUED_LINES: Final = 1024  # for a burst that outruns the thread; of ordinary lines, 150 kB
 DRAIN_S: Final = 1.0  # for the last lines, when the program ends
 
 _BARE = re.compile(r"[A-Za-z0-9_.:/@%+*,\[\]-]+")
@@ -78,7 +78,7 @@ def _text(value: object) -> str:
 class LineWriter:
     """Hands lines to a descriptor from a thread of its own: wherever the bytes go, only that thread ever waits.
 
-    A line that cannot be written, or that finds 256 others waiting, is dropped and counted.
+    A line that cannot be written, or that finds 1024 others waiting, is dropped and counted.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -96,7 +96,14 @@ class LineWriter:
 
     def write(self, line: bytes) -> None:
         """Queue one line. Never waits and never raises. Not for two threads at once."""
-        if self._lines.qsize() >= QUEUED_LINES or not self._has_thread():
+        self._put(line, QUEUED_LINES)
+
+    def write_last(self, line: bytes) -> None:
+        """Queue the line that ends a program, which nothing before it can crowd out."""
+        self._put(line, QUEUED_LINES + 1)
+
+    def _put(self, line: bytes, limit: int) -> None:
+        if self._lines.qsize() >= limit or not self._has_thread():
             self._refused += 1
         else:
             self._lines.put(line)
@@ -164,11 +171,11 @@ class EventHandler(logging.Handler):
             self._writer.write(line)
 
     def tell(self, sentence: str) -> None:
-        """Write a line that is no record."""
+        """Write the line that ends a program, which is no record."""
         line = printable(sentence).encode("ascii", "backslashreplace")
         self.acquire()
         try:
-            self._writer.write(line[: LINE_LIMIT_BYTES - 1] + b"\n")
+            self._writer.write_last(line[: LINE_LIMIT_BYTES - 1] + b"\n")
         finally:
             self.release()
 

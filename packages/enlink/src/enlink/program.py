@@ -68,7 +68,9 @@ class ProgramParser(argparse.ArgumentParser):
             default="text",
             help="how to write a line of the log (default: text)",
         )
-        group.add_argument("--status-socket", metavar="PATH", help="answer `status` here, not in the runtime directory")
+        group.add_argument(
+            "--status-socket", metavar="PATH", type=Path, help="answer `status` here, not in the runtime directory"
+        )
         group.add_argument("--version", action="version", version=f"{self.prog.split()[0]} {version}")
 
     def error(self, message: str) -> NoReturn:
@@ -98,18 +100,20 @@ def run_program(
     with _interrupts_restored(), log_to_standard_error() as log, _unraisable_logged():
         code, sentence = 0, ""
         try:
-            _occupy_standard_descriptors()
-            options = parser.parse_args(argv)
-            log.is_json = getattr(options, "log_format", "text") == "json"
-            logging.getLogger().setLevel(getattr(options, "log_level", "info").upper())
-            trio.run(main, options)
+            try:
+                _occupy_standard_descriptors()
+                options = parser.parse_args(argv)
+                log.is_json = getattr(options, "log_format", "text") == "json"
+                logging.getLogger().setLevel(getattr(options, "log_level", "info").upper())
+                trio.run(main, options)
+            finally:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # what happened is settled, and to tell it takes a moment
         except SystemExit as done:  # of --help and --version
             code = int(done.code or 0)
         except BaseException as error:  # noqa: BLE001  # this is where every error ends
             code, sentence = _outcome(error)
             for line in "".join(traceback.format_exception(error)).splitlines():
                 log_event(_logger, "traceback", logging.DEBUG, line=line)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # how it went is settled; telling it takes a second at most
         unwritten = _flush_standard_output()
         if unwritten and not code:
             code, sentence = SystemFailure.exit_code, f"cannot write to standard output: {unwritten}; make room for it"
@@ -161,12 +165,12 @@ def notify_supervisor(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.settimeout(NOTIFY_DEADLINE_S)
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.settimeout(NOTIFY_DEADLINE_S)
             notify.sendto(state.encode(), f"\0{address[1:]}" if address.startswith("@") else address)
-        except OSError as error:
-            log_event(_logger, "notify_failed", logging.WARNING, address=address, error=error)
+    except OSError as error:
+        log_event(_logger, "notify_failed", logging.WARNING, address=address, error=error)
 
 
 def _outcome(error: BaseException) -> tuple[int, str]:

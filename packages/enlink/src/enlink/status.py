@@ -233,8 +233,9 @@ async def serve_status(
 ) -> None:
     """Answer every connection to the unix socket *path* with one JSON document, until cancelled.
 
-    The document is *snapshot*'s, and how many lines of the log were lost. Only this user may connect. Clients that do not read cost a place among eight, for two seconds. A dead program's
-    socket is replaced, and ours is removed at the end.
+    The document is *snapshot*'s, and how many lines of the log were lost. Only this user may connect. Clients that do
+    not read cost a place among eight, for two seconds. A dead program's socket is replaced, and ours is removed at the
+    end.
 
     Raises:
         CannotCreate: something else is at *path*, or it cannot be made.
