@@ -6,22 +6,13 @@ import os
 import select
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
-from enlink.testing.hosts import Host, Network
-from enlink.testing.probe import Wire
+from enlink.testing import probe
+from enlink.testing.hosts import Network
+from enlink.testing.probe import Site
 from enta.tun import Tun, open_tun
-
-
-@dataclass(frozen=True)
-class Site:
-    """A *host* at 10.0.0.2 and fd00::2 whose default routes lead to *internet*, at 10.0.0.9 and fd00::9."""
-
-    host: Host
-    internet: Host
-    wire: Wire
 
 
 @pytest.fixture
@@ -31,37 +22,30 @@ def network() -> Iterator[Network]:
 
 
 @pytest.fixture
-def make_site(network: Network) -> Iterator[Callable[[], Site]]:
-    """Make hosts that check reverse paths strictly, as many as a test needs, each with an internet of its own."""
-    with ExitStack() as stack:
-        count = 0
-
-        def make() -> Site:
-            nonlocal count
-            count += 1
-            host, internet = network.host(f"host{count}"), network.host(f"internet{count}")
-            near, far = network.connect(host, "10.0.0.2/24", internet, "10.0.0.9/24")
-            for each, device, address in ((host, near, "fd00::2/64"), (internet, far, "fd00::9/64")):
-                # Without duplicate detection, which holds an address back for a second or two.
-                each.run("ip", "address", "add", address, "dev", device, "nodad")
-            for setting in ("all", "default", near):
-                host.run("sysctl", "-qw", f"net.ipv4.conf.{setting}.rp_filter=1")
-            host.run("ip", "route", "add", "default", "via", "10.0.0.9")
-            host.run("ip", "-6", "route", "add", "default", "via", "fd00::9")
-            return Site(host, internet, stack.enter_context(Wire(host, internet, far, "10.0.0.9")))
-
-        yield make
+def site(network: Network) -> Iterator[Site]:
+    with probe.site(network, "near") as site:
+        yield site
 
 
 @pytest.fixture
-def site(make_site: Callable[[], Site]) -> Site:
-    return make_site()
+def far_site(network: Network) -> Iterator[Site]:
+    with probe.site(network, "far") as site:
+        yield site
 
 
 @pytest.fixture
 def tun(site: Site) -> Iterator[Tun]:
-    """The device eng0 of the site's host, not configured yet."""
+    """The device eng0 of the near host, not configured yet."""
     with site.host.entered():
+        tun = open_tun("eng0")
+    with tun:
+        yield tun
+
+
+@pytest.fixture
+def far_tun(far_site: Site) -> Iterator[Tun]:
+    """The device eng0 of the far host, not configured yet."""
+    with far_site.host.entered():
         tun = open_tun("eng0")
     with tun:
         yield tun

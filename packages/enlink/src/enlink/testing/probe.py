@@ -1,4 +1,4 @@
-"""See every IP packet that leaves a host by a wire, to prove that something does, or never does.
+"""See every IP packet that leaves a host by a wire, to prove that something is sent, or never is.
 
 A capture proves an absence only up to a packet known to be later: `Wire.packets` sends that one itself, a fence.
 """
@@ -11,12 +11,14 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from types import TracebackType
 from typing import Literal, Self
 
-from enlink.testing.hosts import Host
+from enlink.testing.hosts import Host, Network
 
 # linux/if_ether.h, linux/if_packet.h, linux/in.h, asm-generic/socket.h
 _ETH_P_ALL = 3
@@ -60,7 +62,7 @@ def parse_packet(packet: bytes) -> Packet:
 
 
 class Wire:
-    """Hears, at the far end of a wire, what *host* sends into it. IP only: no ARP and no neighbour discovery."""
+    """Hears, at the far end of a wire, what *host* sends into it: IP, without what IPv6 does to find its neighbours."""
 
     def __init__(self, host: Host, far_host: Host, far_device: str, far_address: str) -> None:
         self._fence_address = (far_address, _FENCE_PORT)
@@ -97,9 +99,35 @@ class Wire:
             packet = parse_packet(raw)
             if packet.payload == mark:
                 return heard
-            if packet.protocol != "icmp6" and (str(packet.destination), packet.port) != self._fence_address:
+            is_housekeeping = packet.destination.version == 6 and packet.destination.is_multicast
+            if not is_housekeeping and (str(packet.destination), packet.port) != self._fence_address:
                 heard.append(packet)
         raise TimeoutError(f"no fence arrived from {self._fence_address}")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A *host* at 10.0.0.2 and fd00::2, whose default routes lead to *internet* at 10.0.0.9 and fd00::9."""
+
+    host: Host
+    internet: Host
+    wire: Wire
+
+
+@contextmanager
+def site(network: Network, label: str) -> Iterator[Site]:
+    """Make a site. Its host checks reverse paths strictly, as many distributions do."""
+    host, internet = network.host(label), network.host(f"{label}-internet")
+    near, far = network.connect(host, "10.0.0.2/24", internet, "10.0.0.9/24")
+    for each, device, address in ((host, near, "fd00::2/64"), (internet, far, "fd00::9/64")):
+        # Without duplicate detection, which holds an address back for a second or two.
+        each.run("ip", "address", "add", address, "dev", device, "nodad")
+    for setting in ("all", "default", near):
+        host.run("sysctl", "-qw", f"net.ipv4.conf.{setting}.rp_filter=1")
+    host.run("ip", "route", "add", "default", "via", "10.0.0.9")
+    host.run("ip", "-6", "route", "add", "default", "via", "fd00::9")
+    with Wire(host, internet, far, "10.0.0.9") as wire:
+        yield Site(host, internet, wire)
 
 
 def send(

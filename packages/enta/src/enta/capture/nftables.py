@@ -43,8 +43,9 @@ def guard_ruleset(plan: Plan) -> str:
         return cleared
     refuse = _chain(
         "refuse",
-        # The answer quotes the packet. It must not leave either, which it would for an address that is no longer here.
-        "fib saddr type local reject with icmpx type admin-prohibited",
+        # A dropped UDP packet is an error that its sender sees. A connection would be tried for minutes. The refusal
+        # itself is for an address of this host, or it would leave as well.
+        "tcp flags & (syn | ack) == syn fib saddr type local reject with tcp reset",
         "drop",
     )
     outgoing = _chain(
