@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable
@@ -137,11 +138,15 @@ class Link:
                     self.speech = "raw"
                 return event
 
-    async def send(self, encoded: Buffer) -> None:
-        """Send whole encoded frames, waiting while the kernel has no room."""
+    async def send(self, encoded: Buffer, *, stall_limit_s: float = math.inf) -> None:
+        """Send whole encoded frames, waiting while the kernel has no room.
+
+        Raises:
+            LinkEnded: also as ``stalled``, when the peer has taken nothing at all for *stall_limit_s*.
+        """
         if self._is_closed:
             raise LinkEnded("closed", "the link was closed here")
-        await self._send(encoded)
+        await self._send(encoded, stall_limit_s)
 
     @property
     def is_between_frames(self) -> bool:
@@ -269,25 +274,27 @@ class Link:
         await self._port.take_turn()
         return await self._port.read()
 
-    async def _send(self, encoded: Buffer) -> None:
+    async def _send(self, encoded: Buffer, stall_limit_s: float = math.inf) -> None:
         # trio's lock visits the scheduler even when it is free, which costs four times what the sending does.
         try:
             self._sending.acquire_nowait()
         except trio.WouldBlock:
             await self._sending.acquire()
         try:
-            await self._write(encoded)
+            await self._write(encoded, stall_limit_s)
         finally:
             self._sending.release()
 
-    async def _write(self, encoded: Buffer) -> None:
+    async def _write(self, encoded: Buffer, stall_limit_s: float) -> None:
         # A send that was cut short leaves half a frame behind, which more bytes would only complete with rubbish.
         if self._is_mid_frame:
             raise LinkEnded("cut", "a send was cancelled half-way")
         await self._port.take_turn()
         self._is_mid_frame = True
         try:
-            await self._port.write(encoded)
+            await self._port.write(encoded, stall_limit_s)
+        except trio.TooSlowError as error:
+            raise LinkEnded("stalled", f"the peer has taken nothing for {stall_limit_s:.0f} s") from error
         except trio.ClosedResourceError as error:
             raise LinkEnded("closed", "the link was closed here") from error
         except (trio.BrokenResourceError, OSError) as error:
@@ -304,7 +311,7 @@ class _Port(Protocol):
 
     async def take_turn(self) -> None: ...
     async def read(self) -> bytes: ...
-    async def write(self, data: Buffer) -> None: ...
+    async def write(self, data: Buffer, stall_limit_s: float) -> None: ...
 
 
 class _StreamPort:
@@ -319,8 +326,9 @@ class _StreamPort:
     async def read(self) -> bytes:
         return bytes(await self._stream.receive_some(READ_BYTES))
 
-    async def write(self, data: Buffer) -> None:
-        await self._stream.send_all(data)
+    async def write(self, data: Buffer, stall_limit_s: float) -> None:
+        with trio.fail_after(stall_limit_s):  # how much of it the peer has taken, a stream does not tell
+            await self._stream.send_all(data)
 
 
 class _SocketPort:
@@ -349,14 +357,16 @@ class _SocketPort:
                 self._in_a_row = 0
                 await trio.lowlevel.wait_readable(self._socket)
 
-    async def write(self, data: Buffer) -> None:
-        try:
-            sent = os.write(self._descriptor(), data)
-        except BlockingIOError:
-            sent = 0
-        if sent < len(data):
+    async def write(self, data: Buffer, stall_limit_s: float) -> None:
+        rest = memoryview(data)
+        while True:
+            with suppress(BlockingIOError):
+                rest = rest[os.write(self._descriptor(), rest) :]
+            if not rest:
+                return
             self._in_a_row = 0
-            await self._stream.send_all(memoryview(data)[sent:])
+            with trio.fail_after(stall_limit_s):
+                await trio.lowlevel.wait_writable(self._socket)
 
     def _descriptor(self) -> int:
         descriptor = self._socket.fileno()
