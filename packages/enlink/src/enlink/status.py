@@ -11,7 +11,7 @@ import os
 import socket
 import stat
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -42,15 +42,15 @@ class Counters:
     """
 
     def __init__(self) -> None:
-        self._groups: dict[str, Counter[str]] = {}
+        self._groups: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def group(self, name: str) -> Counter[str]:
         """Return a group to count in directly, as ``packets["to_link"] += 64``: for the data plane."""
-        return self._groups.setdefault(name, Counter())
+        return self._groups[name]
 
     def add(self, group: str, name: str, amount: int = 1) -> None:
         """Count *amount* more of *name*."""
-        self.group(group)[name] += amount
+        self._groups[group][name] += amount
 
     def snapshot(self) -> dict[str, dict[str, int]]:
         """Return a copy of every group, sorted by name."""
