@@ -10,6 +10,7 @@ nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "imports", "test"]
 
 PROJECTS = [*sorted(Path("packages").iterdir()), Path("examples/echosvr")]
+PARALLEL = ["--numprocesses=2", "--dist=loadfile"]
 
 
 @nox.session
@@ -21,14 +22,13 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def test(session: nox.Session) -> None:
     """Run every test that CI runs. What follows `./dev test` goes to pytest."""
-    parallel = [] if session.posargs else ["--numprocesses=2", "--dist=loadfile"]
-    session.run("pytest", *parallel, *session.posargs)
+    session.run("pytest", *(session.posargs or PARALLEL))
 
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Measure which branches the tests beside each package take, programs started by them not included."""
-    session.run("pytest", "--cov", "--cov-report=term", *(session.posargs or ["packages", "examples"]))
+    """Run the tests and tell which branches none of them takes, in programs that they start too."""
+    session.run("pytest", *PARALLEL, "--cov", "--cov-report=term", *session.posargs)
 
 
 @nox.session
