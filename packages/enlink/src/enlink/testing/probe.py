@@ -122,8 +122,7 @@ def site(network: Network, label: str) -> Iterator[Site]:
     for each, device, address in ((host, near, "fd00::2/64"), (internet, far, "fd00::9/64")):
         # Without duplicate detection, which holds an address back for a second or two.
         each.run("ip", "address", "add", address, "dev", device, "nodad")
-    for setting in ("all", "default", near):
-        host.run("sysctl", "-qw", f"net.ipv4.conf.{setting}.rp_filter=1")
+    host.run("sysctl", "-qw", *(f"net.ipv4.conf.{setting}.rp_filter=1" for setting in ("all", "default", near)))
     host.run("ip", "route", "add", "default", "via", "10.0.0.9")
     host.run("ip", "-6", "route", "add", "default", "via", "fd00::9")
     with Wire(host, internet, far, "10.0.0.9") as wire:

@@ -60,7 +60,7 @@ class Routing:
         """Raise `CannotCreate` with the line that is in the way, if there is one. Call before the TUN is made."""
         with _kernel("look for conflicts") as kernel:
             self._refuse_rules(kernel)
-            names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in kernel.get_links()}
+            names = _device_names(kernel)
             self._refuse_routes(kernel, names)
             self._refuse_addresses(kernel, names)
 
@@ -86,7 +86,8 @@ class Routing:
             present_routes, present_rules = _routes(kernel), _rules(kernel)
             for route in wanted_routes(self._plan):
                 if route not in present_routes:
-                    kernel.route("add", **_route_request(kernel, route))
+                    device = {"oif": _device_index(kernel, route.device)} if route.device else {}
+                    kernel.route("add", **_route_request(route), **device)
             for rule in wanted_rules(self._plan):
                 if rule not in present_rules:
                     kernel.rule("add", **_rule_request(rule))
@@ -185,7 +186,7 @@ def _purge(is_dead: Callable[[int, int | None], bool], keep: Collection[Rule | R
         routes = [route for route in _routes(kernel) if is_dead(route.table, None) and route not in keep]
         # Rules go first: while one stands, its table must not be empty.
         removed = [f"rule {rule}" for rule in rules if _delete(kernel.rule, _rule_request(rule))]
-        return removed + [f"route {route}" for route in routes if _delete(kernel.route, _route_request(kernel, route))]
+        return removed + [f"route {route}" for route in routes if _delete(kernel.route, _route_request(route))]
 
 
 def _delete(change: Callable[..., object], request: dict[str, Any]) -> bool:
@@ -220,14 +221,14 @@ def _rules(kernel: IPRoute) -> list[Rule]:
 
 def _routes(kernel: IPRoute) -> list[Route]:
     """Return the default routes that carry our tag, whatever their table."""
+    names = _device_names(kernel)
     routes = []
     for message in kernel.get_routes(family=socket.AF_INET):
         if message["proto"] == ROUTE_PROTOCOL and message["dst_len"] == 0:
             table, metric = message.get_attr("RTA_TABLE"), message.get_attr("RTA_PRIORITY")
             if message["type"] == _RTN_UNICAST and metric is None:
-                (link,) = kernel.get_links(message.get_attr("RTA_OIF"))
                 source = IPv4Address(message.get_attr("RTA_PREFSRC") or 0)
-                routes.append(Route(table, link.get_attr("IFLA_IFNAME"), source))
+                routes.append(Route(table, names.get(message.get_attr("RTA_OIF"), "gone"), source))
             elif message["type"] == _RTN_UNREACHABLE and metric == LAST_METRIC:
                 routes.append(Route(table))
     return routes
@@ -251,7 +252,8 @@ def _rule_request(rule: Rule) -> dict[str, Any]:
     return request | {"iifname": "lo"}
 
 
-def _route_request(kernel: IPRoute, route: Route) -> dict[str, Any]:
+def _route_request(route: Route) -> dict[str, Any]:
+    """Say all but the device, which the kernel does not need to find the route."""
     request: dict[str, Any] = {
         "family": socket.AF_INET,
         "dst": "0.0.0.0/0",
@@ -260,8 +262,7 @@ def _route_request(kernel: IPRoute, route: Route) -> dict[str, Any]:
     }
     if route.device is None:
         return request | {"type": "unreachable", "priority": LAST_METRIC}
-    index = _device_index(kernel, route.device)
-    return request | {"oif": index, "prefsrc": str(route.source), "scope": _RT_SCOPE_LINK}
+    return request | {"prefsrc": str(route.source), "scope": _RT_SCOPE_LINK}
 
 
 def _overlap(rule: Rule, other: Rule) -> bool:
@@ -276,6 +277,10 @@ def _overlap(rule: Rule, other: Rule) -> bool:
 
 def _network(address: str | None, length: int) -> IPv4Network | None:
     return IPv4Network((address, length)) if address is not None else None
+
+
+def _device_names(kernel: IPRoute) -> dict[int, str]:
+    return {link["index"]: link.get_attr("IFLA_IFNAME") for link in kernel.get_links()}
 
 
 def _device_index(kernel: IPRoute, name: str) -> int:
