@@ -42,11 +42,8 @@ _COMMENT = re.compile(
 
 _SKIP_THIS_HOST = ["-m", "addrtype", "--dst-type", "LOCAL", "-j", "RETURN"]
 _SKIP_REPLIES = ["-m", "conntrack", "--ctdir", "REPLY", "-j", "RETURN"]
-# At once, so that programs go on to IPv4. The answer quotes the packet: it must not go out to an address that has left.
-_REFUSALS6 = (
-    ["-m", "addrtype", "!", "--src-type", "LOCAL", "-j", "DROP"],
-    ["-j", "REJECT", "--reject-with", "icmp6-adm-prohibited"],
-)
+# A reset ends a connection attempt at once, where an ICMP error waits for its first repetition, a second later.
+_ANSWERS6 = {"tcp": "tcp-reset", "udp": "icmp6-adm-prohibited"}
 
 _ERRORS: dict[str, type[EngError]] = {error.__name__: error for error in (NotPermitted, SystemFailure, Unavailable)}
 
@@ -54,8 +51,8 @@ _ERRORS: dict[str, type[EngError]] = {error.__name__: error for error in (NotPer
 class IptablesFirewall:
     """The guard and the capture rules of one plan in legacy iptables. See `firewall.Firewall`.
 
-    What changes rules takes a quarter of a second, most of it the start of a process; ``missing`` takes microseconds
-    unless somebody changed a table that we use. Never raises CannotCreate: the caller holds the instance lock.
+    What changes rules takes a tenth of a second, most of it the start of a process; ``missing`` takes microseconds
+    unless somebody changed a table that we use. Never raises CannotCreate: the caller holds the instance's lock.
     """
 
     backend: Literal["nftables", "iptables"] = "iptables"
@@ -66,11 +63,10 @@ class IptablesFirewall:
         self._shapes: dict[str, str] = {}
 
     def add_guard(self) -> None:
-        if self._plan.is_fail_closed:
-            rules = guard_rules(self._plan)
-            if not has_ipv6():  # then there is no table for it, and nothing to guard against
-                rules.pop("ip6 filter", None)
-            self._add("guard", self._plan.identity.guard_table_name, rules)
+        rules = guard_rules(self._plan)
+        if not has_ipv6():  # then there is no table for it, and nothing to guard against
+            rules.pop("ip6 filter", None)
+        self._add("guard", self._plan.identity.guard_table_name, rules)
 
     def delete_guard(self) -> None:
         self._expected.pop("guard", None)
@@ -137,7 +133,7 @@ def delete_leftovers(identity: Identity) -> None:
 def iptables_commands(plan: Plan) -> list[str]:
     """Return the command lines that give a host without rules of this instance exactly what the firewall adds."""
     commands = []
-    for rules in ([guard_rules(plan)] if plan.is_fail_closed else []) + [capture_rules(plan)]:
+    for rules in (guard_rules(plan), capture_rules(plan)):
         for name, chains in rules.items():
             family, table = name.split()
             program = ["iptables-legacy" if family == "ip" else "ip6tables-legacy", "-w", "-t", table]
@@ -151,7 +147,9 @@ def iptables_commands(plan: Plan) -> list[str]:
 
 
 def guard_rules(plan: Plan) -> Rules:
-    """Return the rules that keep what is for the tunnel off every device but the TUN."""
+    """Return the rules that keep what is for the tunnel off every device but the TUN: none when the plan fails open."""
+    if not plan.is_fail_closed:
+        return {}
     chain = plan.identity.guard_table_name
     jump = [*_comment("guard", plan), "-j", chain]
     elsewhere = ["!", "-o", plan.tun_name]
@@ -169,10 +167,13 @@ def guard_rules(plan: Plan) -> Rules:
             chain: [_SKIP_THIS_HOST, [*network, "-j", "DROP"], _skip_uplink(plan), _SKIP_REPLIES, *captured],
         }
     }
-    captured6 = [_port(capture.protocol, capture.port) for capture in plan.captures if capture.destination is None]
-    if captured6:
-        refusals = [[*port, *refusal] for port in captured6 for refusal in _REFUSALS6]
-        rules["ip6 filter"] = {"OUTPUT": [jump], chain: [_SKIP_THIS_HOST, _skip_uplink(plan), _SKIP_REPLIES, *refusals]}
+    refusals6 = [rule for c in plan.captures if c.destination is None for rule in _refusals6(c)]
+    if refusals6:
+        # In the table filter, which can answer, so that programs that try IPv6 first go on to IPv4.
+        rules["ip6 filter"] = {
+            "OUTPUT": [jump],
+            chain: [_SKIP_THIS_HOST, _skip_uplink(plan), _SKIP_REPLIES, *refusals6],
+        }
     return rules
 
 
@@ -222,6 +223,16 @@ def capture_rules(plan: Plan) -> Rules:
     ]
     nat: Chains = {"OUTPUT": [jump], chain: [_skip_uplink(plan), _SKIP_THIS_HOST, *translations]}
     return {"ip mangle": mangle, "ip nat": nat}
+
+
+def _refusals6(capture: Capture) -> list[list[str]]:
+    # Whatever the device: python-iptables compares only one bit of each letter of a device's name for IPv6.
+    port = _port(capture.protocol, capture.port)
+    return [
+        # The answer quotes the packet. It must not leave either, which it would for an address that is no longer here.
+        [*port, "-m", "addrtype", "!", "--src-type", "LOCAL", "-j", "DROP"],
+        [*port, "-j", "REJECT", "--reject-with", _ANSWERS6[capture.protocol]],
+    ]
 
 
 def _skip_uplink(plan: Plan) -> list[str]:

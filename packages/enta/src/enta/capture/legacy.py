@@ -20,6 +20,8 @@ from enlink.errors import NotPermitted, SystemFailure, Unavailable
 _GET_INFO = 64
 _INFO_SIZE_BYTES = 84
 
+_NAMES = {"ip": "/proc/thread-self/net/ip_tables_names", "ip6": "/proc/thread-self/net/ip6_tables_names"}
+
 # Choices of ours.
 _LOCK_LIMIT_S = 5.0
 _LOCK_POLL_S = 0.02
@@ -32,14 +34,13 @@ def used_tables() -> list[str]:
         NotPermitted: they are for root to see.
     """
     tables = []
-    for family, path in (("ip", "ip_tables_names"), ("ip6", "ip6_tables_names")):
+    for family, path in _NAMES.items():
         try:
-            names = Path("/proc/thread-self/net", path).read_text().split()
-        except FileNotFoundError:  # no legacy iptables of this family
+            tables += [f"{family} {table}" for table in Path(path).read_text().split()]
+        except FileNotFoundError:  # the kernel has no legacy iptables of this family, or none yet
             continue
         except PermissionError as error:
-            raise NotPermitted(f"cannot read /proc/net/{path} ({error.strerror}): run as root") from error
-        tables += [f"{family} {name}" for name in names]
+            raise NotPermitted(f"cannot read {path} ({error.strerror}): run as root") from error
     return tables
 
 
@@ -88,13 +89,14 @@ def xtables_lock() -> Iterator[None]:
 
     Raises:
         NotPermitted: its file is for root to open.
-        SystemFailure: somebody held it all the time.
+        SystemFailure: its file cannot be made, or somebody held it all the time.
     """
     path = os.environ.get("XTABLES_LOCKFILE", "/run/xtables.lock")  # iptables(8), ENVIRONMENT
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise NotPermitted(f"cannot open {path} ({error.strerror}): run as root") from error
+        kind = NotPermitted if isinstance(error, PermissionError) else SystemFailure
+        raise kind(f"cannot open {path} ({error.strerror}): run as root, or name another XTABLES_LOCKFILE") from error
     try:
         deadline = time.monotonic() + _LOCK_LIMIT_S
         while not _is_locked(descriptor):

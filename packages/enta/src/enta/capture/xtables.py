@@ -230,6 +230,8 @@ def _import_iptc() -> Any:
     paths = {name: _load(sonames) for name, sonames in _LIBRARIES.items()}
     # Left alone, the import looks for its libraries with ldconfig, gcc and ld, some fifty processes in all.
     ctypes.util.find_library = paths.get  # type: ignore[assignment]  # what it returns for these is what it looks for
+    # Where there is no distutils it asks sysconfig; where there is one, it may be all of setuptools.
+    sys.modules["distutils"] = None  # type: ignore[assignment]  # how Python marks a module that must not be imported
     os.environ.setdefault("XTABLES_LIBDIR", str(Path(paths["xtables"]).parent / "xtables"))
     try:
         return importlib.import_module("iptc")
