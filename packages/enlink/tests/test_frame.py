@@ -36,12 +36,12 @@ from enlink.frame import (
     encode_control,
     encode_packets,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 WIRE_FORMAT = Path(__file__).parents[3] / "docs" / "wire-format.md"
-RAW_INPUTS = 500_000  # for each seed: 10^6 together
-STRUCTURED_INPUTS = 50_000  # for each seed: 10^5 together
+RAW_INPUTS = 250_000  # for each seed: 10^6 together
+STRUCTURED_INPUTS = 25_000  # for each seed: 10^5 together
 
 
 @cache
@@ -175,6 +175,7 @@ def encode(said: bytes | ControlMessage) -> bytes:
 
 
 @pytest.mark.proves("F22", "G3")
+@settings(deadline=None)
 @given(
     first=st.lists(HELLOS, max_size=1),
     rest=st.lists(IPV4 | IPV6 | MESSAGES, max_size=12),
@@ -426,10 +427,9 @@ def test_a_hello_without_fields_gets_the_defaults() -> None:
 
 
 @pytest.mark.proves("F16")
+@settings(deadline=None)
 @given(
-    fields=st.lists(
-        st.tuples(st.integers(0, 255).filter(lambda tag: tag not in (1, 2)), st.binary(max_size=40)), max_size=6
-    ),
+    fields=st.lists(st.tuples(st.just(0) | st.integers(3, 255), st.binary(max_size=40)), max_size=6),
     version=st.integers(VERSION, 255),
     data=st.data(),
 )
@@ -459,7 +459,7 @@ def test_of_two_instance_names_the_last_one_counts() -> None:
         (Hello(Role.GATEWAY, mtu=0), "MTU 0"),
         (Hello(Role.GATEWAY, mtu=65_536), "MTU 65536"),
         (Hello(Role.GATEWAY, instance="ü" * 32), "64 bytes, more than 63"),
-        (Hello(Role.GATEWAY, tun=(IPv4Interface("10.0.0.1/8"),) * 127), "too many TUN addresses"),
+        (Hello(Role.GATEWAY, "x" * 58, (IPv4Interface("10.0.0.1/8"),) * 120), "too many TUN addresses"),
         (Unknown(9), "unknown message cannot be encoded"),
     ],
 )
@@ -469,7 +469,13 @@ def test_what_no_peer_would_take_is_not_encoded(said: ControlMessage, text: str)
 
 
 def test_the_longest_hello_is_taken() -> None:
-    said = Hello(Role.GATEWAY, "x" * 63, (IPv4Interface("10.0.0.1/8"),) * 119)
+    said = Hello(Role.GATEWAY, "x" * 57, (IPv4Interface("10.0.0.1/8"),) * 120)
+    assert len(encode_control(said)) == HEADER_BYTES + 2 + 1024
+    assert feed_all([encode_control(said)]) == ([said], True)
+
+
+def test_the_longest_name_is_taken() -> None:
+    said = Hello(Role.GATEWAY, "x" * 63)
     assert feed_all([encode_control(said)]) == ([said], True)
 
 
@@ -509,6 +515,7 @@ def length_delimited(stream: bytes) -> Iterator[bytes]:
         stream = stream[4 + length :]
 
 
+@settings(deadline=None)
 @given(st.lists(IPV4 | IPV6, max_size=8))
 def test_a_default_length_delimited_codec_reads_what_we_write(packets: list[bytes]) -> None:
     assert list(length_delimited(encode_packets(packets))) == packets
@@ -647,7 +654,11 @@ def raw_inputs(count: int, seed: int) -> Iterator[bytes]:
 def structured_inputs(count: int, seed: int) -> Iterator[bytes]:
     """Sessions of a few frames with up to three changes: a byte, a piece cut out, twice, or replaced by noise."""
     choice = random.Random(seed)
-    templates = [*golden_vectors().values(), frame(b"") * 40, encode_control(Hello(Role.SERVER_AGENT, "ü", mtu=1))]
+    templates = [
+        *golden_vectors().values(),
+        frame(b"") * (JUNK_LIMIT - 1),
+        encode_control(Hello(Role.SERVER_AGENT, "ü", mtu=1)),
+    ]
     for _ in range(count):
         stream = bytearray().join(choice.choices(templates, k=choice.randrange(1, 7)))
         for _ in range(choice.randrange(4)):
@@ -666,7 +677,7 @@ def structured_inputs(count: int, seed: int) -> Iterator[bytes]:
 
 
 @pytest.mark.proves("D11", "D22", "G3")
-@pytest.mark.parametrize("seed", [6978, 6979])
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
 def test_raw_inputs_mean_what_the_oracle_says(seed: int) -> None:
     reached: Counter[str] = Counter()
     for stream in raw_inputs(RAW_INPUTS, seed):
@@ -678,7 +689,7 @@ def test_raw_inputs_mean_what_the_oracle_says(seed: int) -> None:
 
 
 @pytest.mark.proves("D11", "D22", "G3")
-@pytest.mark.parametrize("seed", [6980, 6981])
+@pytest.mark.parametrize("seed", [5, 6, 7, 8])
 def test_mutated_sessions_mean_what_the_oracle_says_whole_and_in_pieces(seed: int) -> None:
     reached: Counter[str] = Counter()
     choice = random.Random(seed)
@@ -688,10 +699,11 @@ def test_mutated_sessions_mean_what_the_oracle_says_whole_and_in_pieces(seed: in
         places = [choice.randrange(len(stream) + 1) for _ in range(choice.randrange(4))]
         assert feed_all(cut(stream, places)) == expected, (stream.hex(), places)
         reached.update(outcomes(expected[0]))
-    assert min(reached[outcome] for outcome in EVERY_OUTCOME | {"junk"}) > 100, reached
+    assert min(reached[outcome] for outcome in EVERY_OUTCOME | {"junk"}) > 50, reached
 
 
 @pytest.mark.proves("G3")
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=6))
 def test_no_bytes_whatever_raise(noise: bytes, places: list[int]) -> None:
     for stream in (noise, frame(noise), hello(noise), encode_control(Keepalive()) + hello(b"\1\1\1\1" + noise)):

@@ -284,7 +284,6 @@ class FrameDecoder:
 
     def _break(self, events: list[Event], reason: FaultReason, text: str) -> None:
         self._is_broken = True
-        self._partial = bytearray()
         events.append(Fault(reason, text))
 
 
