@@ -115,19 +115,17 @@ def _open(iptc: Any, name: str) -> Any:
     return (iptc.Table if family == "ip" else iptc.Table6)(table, autocommit=False)
 
 
-def _write(iptc: Any, table: Any, change: Change) -> None:
-    for attempts_left in reversed(range(_COMMIT_ATTEMPTS)):
-        table.refresh()
-        if not _edit(iptc, table, change):
-            return
-        try:
-            table.commit()
-        except iptc.IPTCError as error:
-            # EAGAIN: somebody who takes no lock changed the table since we read it.
-            if not attempts_left or os.strerror(errno.EAGAIN) not in str(error):
-                raise
-        else:
-            return
+def _write(iptc: Any, table: Any, change: Change, attempts: int = _COMMIT_ATTEMPTS) -> None:
+    table.refresh()
+    if not _edit(iptc, table, change):
+        return
+    try:
+        table.commit()
+    except iptc.IPTCError as error:
+        # EAGAIN: somebody who takes no lock changed the table since we read it.
+        if attempts == 1 or os.strerror(errno.EAGAIN) not in str(error):
+            raise
+        _write(iptc, table, change, attempts - 1)
 
 
 def _edit(iptc: Any, table: Any, change: Change) -> bool:
