@@ -14,6 +14,7 @@ The demo, the tests and the benchmarks walk it. No host routes for another: what
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ class Program:
             RuntimeError: it has ended instead, or *timeout_s* have passed; the text has the log.
         """
         deadline_s = time.monotonic() + timeout_s
-        while f" {event} " not in self.log() and f" {event}\n" not in self.log():
+        while re.search(rf"\b{event}\b", self.log()) is None:
             if self.process.poll() is not None or time.monotonic() > deadline_s:
                 raise RuntimeError(f"{' '.join(self.argv)}: no {event!r} (exit {self.process.returncode}):\n{self.log()}")
             time.sleep(0.01)

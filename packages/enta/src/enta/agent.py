@@ -27,7 +27,7 @@ from enta.capture.routing import Routing
 from enta.capture.watch import host_changes
 from enta.config import AgentConfig
 from enta.filter import PacketFilter, trimmed
-from enta.tun import Tun, open_tun
+from enta.tun import Tun, TunGone, open_tun
 from enta.uplink import Uplink
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ class Agent:
                 "address": str(plan.address),
                 "peer": str(plan.peer),
                 "mtu": plan.mtu,
-                "queue_dropped": self._tun.tx_dropped() if self._tun else 0,
+                "queue_dropped": self._queue_dropped(),
             },
             "uplink": self._uplink.snapshot(),
             "counters": self._counters.snapshot(),
@@ -218,7 +218,9 @@ class Agent:
     def _inject(self, packets: Packets) -> None:
         """Hand what the gateway sent to the kernel, as far as the plan allows it."""
         tun, judge, dropped = self._tun, self._filter.judge, self._dropped
-        if tun is None:
+        if tun is None or not self._is_capturing:
+            # Without the rules a packet of an old connection would meet no socket, and the kernel would reset it.
+            dropped["not_ready"] += packets.count
             return
         for packet in packets:
             reason = judge(packet) or tun.write_packet(trimmed(packet))
@@ -227,6 +229,12 @@ class Agent:
                 self._limited.log("dropping", reason)
         self._delivered["packets"] += packets.count
         self._delivered["bytes"] += len(packets.encoded)
+
+    def _queue_dropped(self) -> int | None:
+        try:
+            return self._tun.tx_dropped() if self._tun else None
+        except TunGone:
+            return None
 
     def _ports(self) -> list[str]:
         plan = self._config.plan

@@ -63,7 +63,14 @@ def guard_ruleset(plan: Plan) -> str:
         # After DNAT has chosen the way anew. Input interface 0: the packet was made here, not forwarded for others.
         f'iif 0 oifname != {{ "lo", "{plan.tun_name}" }} ip daddr {plan.address.network} drop',
     )
-    chains = [refuse, outgoing, leaving] if plan.captures else [leaving]
+    # The kernel stops tracking connections with the last rule that asks about them. After an agent's crash it would
+    # start again in their middle, take old acknowledgements for forged ones, and never let the connections go on.
+    tracking = _chain(
+        "tracking",
+        f"type filter hook prerouting priority {_AFTER_TRACKING}; policy accept;",
+        "ct state established accept",
+    )
+    chains = [refuse, outgoing, tracking, leaving] if plan.captures else [tracking, leaving]
     return cleared + _table(name, comment, *chains)
 
 
@@ -80,6 +87,8 @@ def capture_ruleset(plan: Plan) -> str:
         f"ip saddr != {plan.address.network} drop",
         f"ip daddr != {plan.address.ip} drop",
         "ct state established,related accept",
+        # NAT leaves these alone, so they would meet no socket, and the kernel would reset the connection they are of.
+        "ct state invalid drop",
         *ports,
         "drop",
     )
