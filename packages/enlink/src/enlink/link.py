@@ -94,6 +94,8 @@ class Link:
         self._has_said_hello = False
         self._last_sent = self._last_received = trio.current_time()
         self._waiting_since: float | None = None
+        # When the peer began to speak; for ever in the future, once it has said a word.
+        self._began_to_speak: float | None = None
 
     async def greet(self) -> Hello:
         """As the dialler: say HELLO and wait for the answer. Packets that come before it are dropped and counted.
@@ -159,7 +161,8 @@ class Link:
         slow, is not dead.
 
         Raises:
-            LinkEnded: nothing came for `SILENCE_LIMIT_S` (ENG peer), or half a frame and no more (any peer).
+            LinkEnded: nothing came for `SILENCE_LIMIT_S` (ENG peer), or half a frame and no more, or not a word within
+                `GREETING_DEADLINE_S` of the first byte (any peer).
         """
         while True:
             asleep_since = trio.current_time()
@@ -173,6 +176,8 @@ class Link:
                     raise LinkEnded("keepalive", f"the peer has said nothing for {silent_for:.0f} s")
                 if silent_for >= SILENCE_LIMIT_S and not self.is_between_frames:
                     raise PeerFault("frame_deadline", f"half a frame and nothing more for {silent_for:.0f} s")
+            if self._began_to_speak is not None and now - self._began_to_speak >= GREETING_DEADLINE_S:
+                raise PeerFault("frame_deadline", f"not a word within {GREETING_DEADLINE_S:.0f} s of the first byte")
             is_due = now - self._last_sent >= KEEPALIVE_INTERVAL_S
             # Whoever is sending at the moment says the same with more weight.
             if self.speech == "eng" and is_due and not self._sending.locked():
@@ -220,6 +225,7 @@ class Link:
                 # Not before: who is cancelled while answering HELLO has still to answer it.
                 self._events.popleft()
                 if isinstance(event, Packets | Hello):
+                    self._began_to_speak = math.inf
                     return event
             self._events.extend(self._decoder.feed(await self._read()))
 
@@ -259,6 +265,8 @@ class Link:
         finally:
             self._waiting_since = None
         self._last_received = now = trio.current_time()
+        if self._began_to_speak is None:
+            self._began_to_speak = now
         if now - self._refilled_at >= _FLOOD_WINDOW_S:
             self._refilled_at = now
             self._decoder.refill()
