@@ -79,7 +79,7 @@ def test_what_can_only_be_listened_on_is_not_dialled(text: str, hint: str) -> No
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
-        ("", "write HOST:PORT"),
+        ("", "an empty address: write HOST:PORT, as in 192.0.2.1:6980"),
         (" gateway:6980", "has a space in it: write HOST:PORT"),
         ("gateway: 6980", "has a space in it"),
         ("gateway:6980\n", "has a space in it"),

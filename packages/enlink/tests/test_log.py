@@ -108,7 +108,8 @@ def test_a_number_that_json_lacks_is_text() -> None:
 
 
 def test_long_values_are_cut() -> None:
-    assert json.loads(format_record(record(error="x" * 5000), is_json=True))["error"] == "x" * 512 + "..."
+    assert json.loads(format_record(record(error="x" * 512), is_json=True))["error"] == "x" * 512
+    assert json.loads(format_record(record(error="x" * 513), is_json=True))["error"] == "x" * 512 + "..."
 
 
 @pytest.mark.parametrize("is_json", [True, False])

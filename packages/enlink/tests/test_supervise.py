@@ -140,7 +140,7 @@ def test_a_hangup_is_answered_in_the_log_and_stops_nothing(caplog: pytest.LogCap
     assert caplog.messages == ["nothing_to_reload"]
 
 
-def test_the_second_signal_cancels_the_block_but_not_its_shielded_clean_up() -> None:
+def test_the_second_signal_cancels_the_block_but_not_its_shielded_clean_up(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> list[str]:
         steps = []
         with trio.fail_after(5):
@@ -158,6 +158,7 @@ def test_the_second_signal_cancels_the_block_but_not_its_shielded_clean_up() -> 
         return steps
 
     assert trio.run(main) == ["cleaned up", "went on"]
+    assert caplog.messages == ["stopping_at_once"]
 
 
 def test_a_hangup_after_the_first_signal_is_no_second_one() -> None:

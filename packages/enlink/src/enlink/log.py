@@ -46,12 +46,12 @@ def format_record(record: logging.LogRecord, *, is_json: bool) -> bytes:
     fields: Mapping[str, object] = getattr(record, "fields", {})
     if record.exc_info and record.exc_info[1]:
         fields = {**fields, "error": repr(record.exc_info[1])}
-    line = _line(head, fields, 512, is_json=is_json)
-    if len(line) >= LINE_LIMIT_BYTES:
-        line = _line(head, {"shortened": True, **fields}, 64, is_json=is_json)
-    if len(line) >= LINE_LIMIT_BYTES:
-        line = _line(head, {"shortened": True}, 64, is_json=is_json)
-    return line.encode() + b"\n"
+    shortened = {"shortened": True}
+    attempts = (
+        _line(head, chosen, limit, is_json=is_json)
+        for chosen, limit in ((fields, 512), (shortened | {**fields}, 64), (shortened, 64))
+    )
+    return next(line for line in attempts if len(line) < LINE_LIMIT_BYTES).encode() + b"\n"
 
 
 def _line(head: Mapping[str, str], fields: Mapping[str, object], limit: int, *, is_json: bool) -> str:
