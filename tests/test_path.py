@@ -1,19 +1,15 @@
-"""An ordinary program's bytes cross four hosts: app, enta, entg, entg, enta, server. Real kernels, sockets, programs."""
+"""An ordinary program's bytes cross four hosts, captured and replayed. Real kernels, sockets and programs."""
 
 from __future__ import annotations
 
 import hashlib
-import re
-import socket
-import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
-from enlink.frame import encode_packets
-from path import BIN, GATEWAY_OF_APP, PLACES, Path, Place
+from path import BIN, PLACES, Path, Place
 
 ECHO = str(BIN / "echosvr")
 NOWHERE = "1.1.1.1"  # no host here has it, and none routes to it

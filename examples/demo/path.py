@@ -76,7 +76,9 @@ class Program:
         deadline_s = time.monotonic() + timeout_s
         while re.search(rf"\b{event}\b", self.log()) is None:
             if self.process.poll() is not None or time.monotonic() > deadline_s:
-                raise RuntimeError(f"{' '.join(self.argv)}: no {event!r} (exit {self.process.returncode}):\n{self.log()}")
+                raise RuntimeError(
+                    f"{' '.join(self.argv)}: no {event!r} (exit {self.process.returncode}):\n{self.log()}"
+                )
             time.sleep(0.01)
 
     def kill(self) -> None:
@@ -125,10 +127,24 @@ class Path:
     ) -> None:
         self._stack = ExitStack()
         self._argv: dict[Place, list[str]] = {
-            "app": ["enta", "client", *_each("--capture", capture), "--entg-connect", f"{GATEWAY_OF_APP}:6980", *client],
+            "app": [
+                "enta",
+                "client",
+                *_each("--capture", capture),
+                "--entg-connect",
+                f"{GATEWAY_OF_APP}:6980",
+                *client,
+            ],
             "near": ["entg", "--entg-connect", f"{PEER_GATEWAY}:6979", *near],
             "far": ["entg", "--entg-listen", "6979", *far],
-            "server": ["enta", "server", *_each("--replay", replay), "--entg-connect", f"{GATEWAY_OF_SERVER}:6980", *server],
+            "server": [
+                "enta",
+                "server",
+                *_each("--replay", replay),
+                "--entg-connect",
+                f"{GATEWAY_OF_SERVER}:6980",
+                *server,
+            ],
         }
         self.hosts: dict[Place, Host] = {}
         self.programs: dict[Place, Program] = {}
