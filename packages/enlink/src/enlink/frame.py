@@ -22,6 +22,7 @@ Buffer = bytes | bytearray | memoryview
 Interface = IPv4Interface | IPv6Interface
 DiscardReason = Literal["empty", "not_ip", "too_short"]
 FaultReason = Literal["frame_len", "junk", "flood", "bad_control"]
+Wire = Literal["auto", "original"]  # with control messages where the peer knows them, or packets only
 
 # The wire format.
 HEADER_BYTES: Final = 4

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from enlink.endpoint import Tcp
-from enlink.link import Wire
+from enlink.frame import Wire
 
 from enta.capture.plan import Plan
 

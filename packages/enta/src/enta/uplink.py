@@ -12,8 +12,8 @@ from typing import Final, NoReturn
 
 import trio
 from enlink.errors import leaves
-from enlink.frame import Close, Hello, Packets, encode_packets
-from enlink.link import Link, LinkEnded, Wire, describe
+from enlink.frame import Close, Hello, Packets, Wire, encode_packets
+from enlink.link import Link, LinkEnded, describe
 from enlink.program import log_event
 from enlink.status import Counters
 from enlink.stream import Dialer, LinkUnavailable
