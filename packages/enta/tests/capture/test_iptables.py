@@ -519,6 +519,8 @@ FOREIGN_RULES = """
 -A PREROUTING -i lo -m u32 --u32 "0x0=0x45" -j MARK --set-xmark 0x1/0x1
 -A OUTPUT -p tcp -m string --string "canary" --algo bm --to 65535 -j theirs
 -A OUTPUT -p udp -m comment --comment "it's theirs" -j theirs
+-A OUTPUT -p icmp
+-A OUTPUT -p gre -g theirs
 -A POSTROUTING -o nothing+ -p tcp -m tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu
 -A theirs -m hashlimit --hashlimit-upto 5/sec --hashlimit-name theirs -j RETURN
 -A theirs -j DROP
