@@ -12,7 +12,7 @@ from enlink.endpoint import Tcp, parse_dial, parse_listen
 from enlink.errors import ConfigError, Unavailable, UsageError
 from enlink.program import ProgramParser, run_program
 from enlink.status import InstanceLock, fetch_status, live_instances, render_status, serve_status
-from enlink.supervise import stop_signals
+from enlink.supervise import Stopping, stop_signals
 
 from entg import __version__
 from entg.config import DEFAULT_ENTA_PORT, DEFAULT_ENTG_PORT, GatewayConfig, parse_duration_s
@@ -41,13 +41,12 @@ def main() -> int:
 def _parser() -> ProgramParser:
     parser = ProgramParser("entg", description=_DESCRIPTION, epilog=_EXAMPLES)
     parser.set_defaults(run=_gateway)
-    where = parser.add_argument_group("where it runs").add_mutually_exclusive_group()
+    where = parser.add_argument_group("where it runs")
     where.add_argument("--host", action="store_true", help="on an ordinary host (the default)")
     where.add_argument("--occlum", action="store_true", help="in an Occlum enclave (needs RATS-TLS: not built yet)")
     links = parser.add_argument_group("links")
-    peer = links.add_mutually_exclusive_group()
-    peer.add_argument("--entg-connect", metavar="HOST:PORT", type=parse_dial, help="dial the peer ENTG there")
-    peer.add_argument(
+    links.add_argument("--entg-connect", metavar="HOST:PORT", type=parse_dial, help="dial the peer ENTG there")
+    links.add_argument(
         "--entg-listen",
         metavar="[HOST:]PORT",
         type=parse_listen,
@@ -113,13 +112,30 @@ async def _gateway(options: argparse.Namespace) -> None:
     config = GatewayConfig(options.enta_listen, entg_listen, options.entg_connect, options.wire, options.grace)
     gateway = Gateway(config)
     async with stop_signals() as stopping:
-        port = await gateway.bind()
+        port = await _bind(gateway, stopping)
+        if port is None:
+            return
         path = Path(options.status_socket) if options.status_socket else None
         with InstanceLock("entg", "default", listen_port=port, status_path=path, facts={"enta_port": port}) as lock:
             async with trio.open_nursery() as nursery:
                 await nursery.start(serve_status, lock.status_path, gateway.snapshot)
                 await gateway.run(stopping)
                 nursery.cancel_scope.cancel()
+
+
+async def _bind(gateway: Gateway, stopping: Stopping) -> int | None:
+    """Return the port for ENTAs; None if the program is to stop before a port that is taken becomes free."""
+    port = None
+    async with trio.open_nursery() as nursery:
+
+        async def give_up() -> None:
+            await stopping.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(give_up)
+        port = await gateway.bind()
+        nursery.cancel_scope.cancel()
+    return port
 
 
 async def _status(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from typing import Final
 
 from enlink.endpoint import Tcp
 from enlink.errors import ConfigError, UsageError
-from enlink.link import Wire
+from enlink.frame import Wire
 
 DEFAULT_ENTA_PORT: Final = 6980
 DEFAULT_ENTG_PORT: Final = 6979
@@ -34,7 +34,9 @@ class GatewayConfig:
 
     def __post_init__(self) -> None:
         if (self.entg_listen is None) == (self.entg_connect is None):
-            raise ConfigError("give exactly one of --entg-listen and --entg-connect")
+            raise ConfigError(
+                "give --entg-connect or --entg-listen, not both and not neither: one gateway dials, one listens"
+            )
         if self.entg_listen is not None and _overlap(self.entg_listen, self.enta_listen):
             raise ConfigError(
                 f"--enta-listen and --entg-listen both want port {self.enta_listen.port}: give each leg its own"

@@ -7,13 +7,13 @@ import os
 from collections.abc import Mapping
 
 import trio
-from enlink.endpoint import Tcp
 from enlink.program import announce_ready
 from enlink.status import Counters
 from enlink.stream import Dialer, listen
 from enlink.supervise import Stopping
 
 from entg.config import GatewayConfig
+from entg.connection import spell, spell_listeners
 from entg.legs import Leg
 from entg.router import Router
 
@@ -30,7 +30,7 @@ class Gateway:
         self._enta = Leg("enta", router, self._counters, config.wire)
         self._entg = Leg("entg", router, self._counters, config.wire)
         router.connect(self._enta, self._entg)
-        self._listeners: dict[str, list[trio.SocketListener]] = {}
+        self._listeners: list[tuple[Leg, list[trio.SocketListener]]] = []
         self._started_s = trio.current_time()
 
     def snapshot(self) -> Mapping[str, object]:
@@ -54,21 +54,23 @@ class Gateway:
         """
         for leg, endpoint in ((self._enta, self._config.enta_listen), (self._entg, self._config.entg_listen)):
             if endpoint is not None:
-                self._listeners[leg.name] = await listen(endpoint)
-        return int(self._listeners["enta"][0].socket.getsockname()[1])
+                self._listeners.append((leg, await listen(endpoint)))
+        _, (first, *_) = self._listeners[0]
+        return int(first.socket.getsockname()[1])
 
     async def run(self, stopping: Stopping) -> None:
         """Serve until *stopping* is set, then pass on what has arrived, within the grace, and close every link."""
         config = self._config
         async with trio.open_nursery() as connections:
             async with trio.open_nursery() as accepting:
-                for leg in (self._enta, self._entg):
-                    if leg.name in self._listeners:
-                        accepting.start_soon(leg.listen, self._listeners[leg.name], connections)
+                for leg, listeners in self._listeners:
+                    accepting.start_soon(leg.listen, listeners, connections)
                 if config.entg_connect is not None:
-                    connections.start_soon(self._entg.dial, Dialer(config.entg_connect))
-                listening = {f"{name}_listen": _addresses(bound) for name, bound in self._listeners.items()}
-                announce_ready(_logger, **listening, entg_connect=config.entg_connect)
+                    accepting.start_soon(self._entg.dial, Dialer(config.entg_connect), connections)
+                where = {f"{leg.name}_listen": spell_listeners(listeners) for leg, listeners in self._listeners}
+                if config.entg_connect is not None:
+                    where["entg_connect"] = spell(config.entg_connect)
+                announce_ready(_logger, **where)
                 await stopping.wait()
                 accepting.cancel_scope.cancel()
             with trio.move_on_after(config.grace_s):
@@ -76,8 +78,3 @@ class Gateway:
                     draining.start_soon(self._enta.drain)
                     draining.start_soon(self._entg.drain)
             connections.cancel_scope.cancel()
-
-
-def _addresses(listeners: list[trio.SocketListener]) -> str:
-    names = (listener.socket.getsockname()[:2] for listener in listeners)
-    return ",".join(str(Tcp(host, port)).removeprefix("tcp://") for host, port in names)

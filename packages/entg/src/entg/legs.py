@@ -1,14 +1,4 @@
-"""One side of a gateway: the connections it has, which of them holds the place, and what becomes of the others.
-
-Original peers cannot say who they are, and an original server-side agent says nothing until it is sent something. So:
-
-- who speaks first (HELLO, or an IP packet) takes the place;
-- who says nothing for 300 ms gets packets as long as nobody has spoken, the oldest first: a port scanner takes
-  nothing from a real agent;
-- who speaks while another speaker has the place replaces it if it is the same one come back (same TUN address; on the
-  leg to other gateways, anyone), and is refused otherwise: frames of two agents are never mixed;
-- a raw peer that has shut down its sending side still gets its replies.
-"""
+"""One side of a gateway: accept or dial, find out who is there, move packets. Who gets them is decided in place.py."""
 
 from __future__ import annotations
 
@@ -17,52 +7,33 @@ from collections.abc import Mapping
 from typing import Final, Literal
 
 import trio
-from enlink.endpoint import Tcp
-from enlink.frame import Close, Error, Hello, Packets, Role
-from enlink.link import Link, LinkEnded, Wire, describe
+from enlink.errors import leaves
+from enlink.frame import Error, Hello, Packets, Role, Wire
+from enlink.link import Link, LinkEnded, describe
 from enlink.program import RateLimitedLog, log_event
 from enlink.status import Counters
 from enlink.stream import Dialer, LinkUnavailable, serve
 from enlink.supervise import Backoff
 
+from entg.connection import Connection, spell, spell_listeners
+from entg.place import Identity, Place, identify_agent, identify_gateway
 from entg.router import Router
 
 LegName = Literal["enta", "entg"]
 
 # Choices of ours.
 PROVISIONAL_AFTER_S: Final = 0.3
-CONNECTION_LIMIT: Final = 256  # on a leg, speakers and silent ones together
-STALL_LIMIT_S: Final = 10.0  # for a speaker that takes nothing more
+# On a leg; all of this on both stays below half of the usual 1,024 descriptors.
+CONNECTION_LIMIT: Final = 200
+FAREWELL_LIMIT: Final = 32
+STALL_LIMIT_S: Final = 10.0  # for one that has spoken and takes nothing more
 SILENT_STALL_LIMIT_S: Final = 1.0  # for one that never said a word
 HALF_CLOSED_LIMIT_S: Final = 60.0  # without a packet to deliver
-_PROVED_GOOD_S: Final = 1.0
+PROVED_GOOD_S: Final = 1.0
+
+_REFUSALS: Final = ("busy", "wrong_port", "too_many")
 
 _logger = logging.getLogger(__name__)
-
-
-class Connection:
-    """A link on a leg, and what it takes to end it."""
-
-    def __init__(self, link: Link, where: str) -> None:
-        self.link = link
-        self.where = where
-        self.identity: str | None = None
-        self.since_s = self.last_sent_s = trio.current_time()
-        self.reading = trio.CancelScope()
-        self.drained = trio.Event()
-        self.farewell: Close | Error = Close("the gateway is stopping")
-        self._scope = trio.CancelScope()
-        self.ended_by: str | None = None
-
-    def end(self, reason: str, farewell: Close | Error) -> None:
-        """End this connection from outside; *reason* is the name under which that is counted."""
-        if self.ended_by is None:
-            self.ended_by, self.farewell = reason, farewell
-        self._scope.cancel()
-
-    @property
-    def scope(self) -> trio.CancelScope:
-        return self._scope
 
 
 class Leg:
@@ -76,217 +47,244 @@ class Leg:
     def __init__(self, name: LegName, router: Router, counters: Counters, wire: Wire = "auto") -> None:
         self.name = name
         self._router = router
-        self._counters = counters
         self._wire = wire
+        self._place: Place[Connection] = Place()
         self._connections: list[Connection] = []
-        self._silent: list[Connection] = []
-        self._speaker: Connection | None = None
-        self._limited = RateLimitedLog(_logger)
-
-    @property
-    def holder(self) -> Connection | None:
-        """Who gets the packets for this leg: the speaker, or else the oldest silent connection."""
-        return self._speaker or (self._silent[0] if self._silent else None)
+        self._way: Mapping[str, object] = {}
+        self._trouble: tuple[str, str] | None = None
+        self._changed_s = trio.current_time()
+        self._received = counters.group(f"from_{name}")
+        self._received_dropped = counters.group(f"from_{name}_dropped")
+        self._sent = counters.group(f"to_{name}")
+        self._sent_dropped = counters.group(f"to_{name}_dropped")
+        self._ended = counters.group(f"{name}_ended")
+        self._limited = RateLimitedLog(_logger, trio.current_time)
+        self._leaving = 0
 
     def snapshot(self) -> Mapping[str, object]:
         """Describe this leg for ``status``."""
-        holder = self.holder
+        holder = self._place.holder
         if holder is None:
-            return {"connected": False, "connections": len(self._connections)}
+            state = "waiting"
+        elif holder.identity is None:
+            state = "silent"
+        else:
+            state = "connected" if holder is self._place.speaker else "half_closed"
         return {
-            "connected": True,
-            "address": holder.where,
-            "peer": describe(holder.link.peer),
-            "speech": holder.link.speech,
-            "for_s": round(trio.current_time() - holder.since_s, 3),
+            **self._way,
+            "connected": state == "connected",
+            "state": state,
+            "for_s": round(trio.current_time() - (holder.since_s if holder else self._changed_s), 3),
+            "address": holder.address if holder else None,
+            "peer": describe(holder.link.peer) if holder else None,
+            "problem": self._trouble[1] if self._trouble and not holder else None,
             "connections": len(self._connections),
         }
 
     async def send(self, packets: Packets) -> None:
         """Pass packets to whoever holds the place; without one, or when it takes no more, drop and count them."""
-        holder = self.holder
+        holder = self._place.holder
         if holder is None:
             self._drop("no_link", packets)
             return
-        limit_s = STALL_LIMIT_S if holder is self._speaker else SILENT_STALL_LIMIT_S
-        with trio.move_on_after(limit_s) as waiting:
-            try:
-                await holder.link.send(packets.encoded)
-            except LinkEnded:
-                self._drop("link_ended", packets)
-                holder.end("reset", Close())
-                return
-        if waiting.cancelled_caught:
-            self._drop("stalled", packets)
-            holder.end("stalled", Close())
+        try:
+            limit_s = STALL_LIMIT_S if holder.identity else SILENT_STALL_LIMIT_S
+            await holder.link.send(packets.encoded, stall_limit_s=limit_s)
+        except LinkEnded as ended:
+            self._drop("stalled" if ended.reason == "stalled" else "link_ended", packets)
+            holder.end(ended.reason, str(ended))
             return
         holder.last_sent_s = trio.current_time()
-        self._counters.add(f"to_{self.name}", "packets", packets.count)
-        self._counters.add(f"to_{self.name}", "bytes", len(packets.encoded))
+        self._sent["packets"] += packets.count
+        self._sent["bytes"] += len(packets.encoded)
 
-    async def listen(self, listeners: list[trio.SocketListener], nursery: trio.Nursery) -> None:
-        """Serve everyone who connects, until cancelled. The connections live in *nursery*."""
-        await serve(listeners, self._accept, nursery)
+    async def listen(self, listeners: list[trio.SocketListener], connections: trio.Nursery) -> None:
+        """Accept everyone until cancelled. Connections live in *connections*, and stay."""
+        self._way = {"listening": spell_listeners(listeners)}
+        await serve(listeners, self.accept, connections)
 
-    async def dial(self, dialer: Dialer) -> None:
-        """Keep a link to *dialer*'s endpoint, for ever, until cancelled."""
-        backoff, was_reachable = Backoff(), True
+    async def dial(self, dialer: Dialer, connections: trio.Nursery) -> None:
+        """Keep a connection to *dialer*'s endpoint until cancelled. It lives in *connections*, and stays."""
+        self._way = {"dialling": spell(dialer.endpoint)}
+        backoff = Backoff()
         while True:
             try:
                 stream = await dialer.dial()
             except LinkUnavailable as error:
-                if was_reachable:
-                    log_event(_logger, "unreachable", logging.WARNING, leg=self.name, error=error)
-                was_reachable = False
+                self._note_trouble("unreachable", f"{error}; does the peer gateway listen there (--entg-listen)?")
             else:
-                connection = self._connection(stream)
-                await self._run(connection, is_dialler=True)
-                if connection.identity is not None:
-                    was_reachable = True
-                if trio.current_time() - connection.since_s >= _PROVED_GOOD_S:
+                connection = self._admit(stream)
+                connections.start_soon(self._run, connection, True)
+                await connection.has_finished_reading.wait()
+                if trio.current_time() - connection.since_s >= PROVED_GOOD_S:
                     backoff.reset()
             await trio.sleep(backoff.next_delay_s())
 
     async def drain(self) -> None:
-        """Pass on what has arrived, and no more. Returns when that is done; the connections stay open for the other leg."""
+        """Pass on what has arrived. Connections stay open for what the other leg has to deliver, until cancelled."""
         for connection in self._connections:
-            connection.reading.cancel()
+            connection.stop_reading()
         for connection in list(self._connections):
-            await connection.drained.wait()
+            await connection.has_finished_reading.wait()
 
-    async def _accept(self, stream: trio.SocketStream) -> None:
-        if len(self._connections) >= CONNECTION_LIMIT and not self._evict_one():
-            self._counters.add("refused", "too_many")
+    async def accept(self, stream: trio.abc.Stream) -> None:
+        """Serve one that has connected, to its end."""
+        if len(self._connections) >= CONNECTION_LIMIT and not self._make_room():
+            self._ended["too_many"] += 1
             self._limited.log("refused", "too_many", leg=self.name)
             await trio.aclose_forcefully(stream)
             return
-        await self._run(self._connection(stream), is_dialler=False)
+        await self._run(self._admit(stream), is_dialler=False)
 
-    def _evict_one(self) -> bool:
-        """Make room by ending the youngest connection that is silent and waits in line for nothing."""
-        waiting = [connection for connection in self._silent if connection is not self.holder]
-        if not waiting:
+    def _make_room(self) -> bool:
+        """End the last connection in line, or else the first that has yet to say a word. Returns if there was one."""
+        leaving = self._place.last_in_line or next((c for c in self._connections if not c.identity), None)
+        if leaving is None or leaving is self._place.holder:
             return False
-        waiting[-1].end("evicted", Error("too many connections"))
-        self._silent.remove(waiting[-1])
+        self._forget(leaving)
+        leaving.end("too_many", "there are too many connections", Error("there are too many connections"))
         return True
 
-    def _connection(self, stream: trio.SocketStream) -> Connection:
-        hello = Hello(Role.GATEWAY)
-        link = Link(stream, hello, lambda reason: self._counters.add("dropped", reason))
-        return Connection(link, _peer_address(stream))
+    def _admit(self, stream: trio.abc.Stream) -> Connection:
+        def count(reason: str) -> None:
+            self._received_dropped[reason] += 1
 
-    async def _run(self, connection: Connection, *, is_dialler: bool) -> None:
-        """Serve one connection from its first word to its last. Its faults end it, and nothing else."""
+        connection = Connection(stream, Link(stream, Hello(Role.GATEWAY), count))
         self._connections.append(connection)
-        reason, text = "stopped", "the gateway is stopping"
-        try:
-            with connection.scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(connection.link.keep_alive)
-                    await self._introduce(connection, is_dialler=is_dialler)
-                    await self._forward(connection)
-        except* LinkEnded as group:
-            ended = _first(group)
-            reason, text = ended.reason, str(ended)
-        finally:
-            connection.drained.set()
-            self._connections.remove(connection)
-            if connection is self._speaker:
-                self._speaker = None
-            if connection.ended_by is not None:
-                reason, text = connection.ended_by, connection.farewell.reason
-            self._counters.add("ended", reason)
-            event = "disconnected" if connection.identity is not None else "passed_by"
-            self._limited.log(event, reason, logging.INFO, leg=self.name, address=connection.where, error=text)
-            await connection.link.aclose(connection.farewell)
+        return connection
 
-    async def _introduce(self, connection: Connection, *, is_dialler: bool) -> None:
-        """Find out who this is and give it the place, or raise `LinkEnded`."""
-        link, first = connection.link, None
+    async def _run(self, connection: Connection, is_dialler: bool) -> None:
+        """Serve one connection from its first word to its last. Its faults end it, and nothing else."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._keep_alive, connection)
+                identity = await self._introduce(connection, is_dialler=is_dialler)
+                if identity is not None and self._claim(connection, identity):
+                    await self._forward(connection)
+                connection.has_finished_reading.set()
+                # When the gateway stops this is not the end yet: what the other leg has to deliver may go here.
+                await connection.has_ended.wait()
+                nursery.cancel_scope.cancel()
+        except* LinkEnded as group:
+            ended = next(error for error in leaves(group) if isinstance(error, LinkEnded))
+            connection.end(ended.reason, str(ended))
+        finally:
+            connection.has_finished_reading.set()
+            self._forget(connection)
+            self._tell_end(connection, is_dialler=is_dialler)
+            await self._close(connection)
+
+    async def _close(self, connection: Connection) -> None:
+        """Say farewell, which takes a second where a peer does not hang up; not to strangers by the dozen."""
+        self._leaving += 1
+        is_worth_it = connection.identity is not None or self._leaving <= FAREWELL_LIMIT
+        await connection.link.aclose(connection.farewell if is_worth_it else None)
+        self._leaving -= 1
+
+    async def _keep_alive(self, connection: Connection) -> None:
+        try:
+            await connection.link.keep_alive()
+        except LinkEnded as ended:
+            connection.end(ended.reason, str(ended))  # and not at once, for something may have arrived
+
+    async def _introduce(self, connection: Connection, *, is_dialler: bool) -> Identity | None:
+        """Find out who this is; None if it is to end before it has said so. It stands in line meanwhile."""
+        link = connection.link
+        first: Hello | Packets | None = None
         if self._wire == "original":
-            link.skip_greeting()
-        if is_dialler:
             # An original gateway says nothing either, until an agent behind it has something to say.
-            identity = "dialled" if self._wire == "original" else _identity(await link.greet())
+            link.skip_greeting()
+        elif is_dialler:
+            first = await connection.unless_stopped(link.greet)
         else:
-            with trio.move_on_after(0 if self._wire == "original" else PROVISIONAL_AFTER_S):
-                first = await link.hear_first_word()
+            first = await connection.unless_stopped(link.hear_first_word, PROVISIONAL_AFTER_S)
+        while first is None or (identity := self._identify(first)) is None:
+            if first is not None:
+                self._received_dropped["link_local"] += (await link.receive()).count
+            self._place.stand_in_line(connection)
+            self._log("silent", "first_word", connection)
+            first = await connection.unless_stopped(link.hear_first_word)
             if first is None:
-                self._silent.append(connection)
-                try:
-                    first = await link.hear_first_word()
-                finally:
-                    if connection in self._silent:
-                        self._silent.remove(connection)
-            identity = _identity(first)
-        incumbent = self._speaker
-        if incumbent is not None:
-            if self.name == "enta" and identity != incumbent.identity:
-                connection.farewell = Error(f"another agent is connected: {incumbent.where}")
-                raise LinkEnded("refused_busy", f"refused, because {incumbent.where} is connected")
-            incumbent.end("replaced", Error(f"replaced by {connection.where}"))
+                return None
+        return identity
+
+    def _identify(self, first: Hello | Packets) -> Identity | None:
+        return identify_agent(first) if self.name == "enta" else identify_gateway(first)
+
+    def _claim(self, connection: Connection, identity: Identity) -> bool:
+        """Give a speaker the place, or turn it away. Returns whether it has got it."""
+        peer = connection.link.peer
+        if peer is not None and (peer.role is Role.GATEWAY) != (self.name == "entg"):
+            expected = "agents" if self.name == "enta" else "the peer gateway"
+            text = f"this port is for {expected}, and you are {describe(peer)}: connect to the other one"
+            connection.end("wrong_port", text, Error(text))
+            return False
+        if incumbent := self._place.incumbent_against(identity):
+            text = f"another {'agent' if self.name == 'enta' else 'gateway'} is connected: {incumbent.address}"
+            connection.end("busy", text, Error(text))
+            return False
+        for displaced in self._place.take(connection, identity):
+            text = f"replaced by {connection.address}"
+            displaced.end("replaced", text, Error(text))
         connection.identity = identity
-        self._speaker = connection
-        log_event(_logger, "connected", leg=self.name, address=connection.where, peer=describe(link.peer))
+        self._trouble = None
+        self._log("connected", connection.link.speech, connection, peer=describe(peer))
+        return True
 
     async def _forward(self, connection: Connection) -> None:
-        link, counters = connection.link, self._counters
         try:
-            # The scope is about waiting only: once cancelled, what the kernel holds already is still read and passed on.
-            with connection.reading:
-                while True:
-                    packets = await link.receive()
-                    counters.add(f"from_{self.name}", "packets", packets.count)
-                    counters.add(f"from_{self.name}", "bytes", len(packets.encoded))
-                    with trio.CancelScope(shield=True):  # bounded by the stall limits of the leg it goes to
-                        await self._router.forward(self, packets)
+            while (packets := await connection.receive()) is not None:
+                self._received["packets"] += packets.count
+                self._received["bytes"] += len(packets.encoded)
+                await self._router.forward(self, packets)
         except LinkEnded as ended:
             if ended.reason != "eof":
                 raise
-        finally:
-            connection.drained.set()
-        if not connection.reading.cancel_called:
-            await self._deliver_to_half_closed(connection)
-        else:
-            await trio.sleep_forever()
+            connection.has_finished_reading.set()
+            self._place.half_close(connection)
+            await self._outlast_half_close(connection)
 
-    async def _deliver_to_half_closed(self, connection: Connection) -> None:
-        """Keep a raw peer that has said all it will say, for its replies, until somebody else speaks."""
-        if connection is self._speaker:
-            self._speaker = None
+    async def _outlast_half_close(self, connection: Connection) -> None:
+        """Keep a raw peer that has said all it will say for its replies, until there are none or somebody speaks."""
         connection.last_sent_s = trio.current_time()
-        self._silent.insert(0, connection)
-        try:
-            while trio.current_time() < connection.last_sent_s + HALF_CLOSED_LIMIT_S:
-                await trio.sleep_until(connection.last_sent_s + HALF_CLOSED_LIMIT_S)
-        finally:
-            if connection in self._silent:
-                self._silent.remove(connection)
-        raise LinkEnded("eof", "the peer ended its side of the connection")
+        while not connection.has_ended.is_set():
+            left_s = connection.last_sent_s + HALF_CLOSED_LIMIT_S - trio.current_time()
+            if left_s <= 0:
+                connection.end("eof", "the peer has ended its side, and there are no more replies")
+            with trio.move_on_after(left_s):
+                await connection.has_ended.wait()
+
+    def _forget(self, connection: Connection) -> None:
+        holder = self._place.holder
+        self._place.leave(connection)
+        if connection in self._connections:
+            self._connections.remove(connection)
+        if holder is connection:
+            self._changed_s = trio.current_time()
 
     def _drop(self, reason: str, packets: Packets) -> None:
-        self._counters.add("dropped", reason, packets.count)
+        self._sent_dropped[reason] += packets.count
         self._limited.log("dropping", reason, leg=self.name)
 
+    def _note_trouble(self, reason: str, text: str) -> None:
+        """Log why there is no connection when the reason has changed, which is not at every attempt."""
+        if self._trouble is None or self._trouble[0] != reason:
+            log_event(_logger, "unreachable", logging.WARNING, leg=self.name, reason=reason, error=text)
+        self._trouble = reason, text
 
-def _identity(first: Hello | Packets) -> str:
-    """Who a speaker is, as far as it can be told apart: by its TUN address, which is its packets' source."""
-    if isinstance(first, Hello):
-        return str(first.tun[0].ip) if first.tun else f"gateway {first.instance}"
-    packet = bytes(next(iter(first)))
-    return ".".join(map(str, packet[12:16])) if packet[0] >> 4 == 4 else packet[8:24].hex(":", 2)
+    def _tell_end(self, connection: Connection, *, is_dialler: bool) -> None:
+        reason, text = connection.reason, connection.text
+        self._ended[reason] += 1
+        if connection.identity:
+            self._log("disconnected", reason, connection, error=text)
+        elif is_dialler:
+            self._note_trouble(reason, text)
+        elif reason in _REFUSALS:
+            self._log("refused", reason, connection, logging.WARNING, error=text)
+        else:
+            self._log("stray", reason, connection, error=text)
 
-
-def _peer_address(stream: trio.SocketStream) -> str:
-    try:
-        host, port, *_ = stream.socket.getpeername()
-    except OSError:
-        return "unknown"  # gone before we looked
-    return str(Tcp(host, port)).removeprefix("tcp://")
-
-
-def _first(group: BaseExceptionGroup[LinkEnded]) -> LinkEnded:
-    for error in group.exceptions:
-        return _first(error) if isinstance(error, BaseExceptionGroup) else error
-    raise AssertionError("an exception group is never empty")
+    def _log(
+        self, event: str, reason: str, connection: Connection, level: int = logging.INFO, /, **fields: object
+    ) -> None:
+        self._limited.log(event, reason, level, leg=self.name, address=connection.address, **fields)
