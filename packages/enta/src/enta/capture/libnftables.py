@@ -91,7 +91,7 @@ class Nft:
         self._library.nft_ctx_buffer_error(self._context)
 
     def run(self, text: str, *, is_dry_run: bool = False) -> str:
-        """Run *text*, all of it or none, and return what it prints. A dry run changes nothing, but the kernel judges it.
+        """Run *text*, all of it or none, and return what it prints; of a dry run, only say what would be wrong with it.
 
         Raises:
             NftFailure: the kernel or the library said no.
