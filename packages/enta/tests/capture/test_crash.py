@@ -162,7 +162,7 @@ def test_exactly_the_tagged_rules_the_unreachable_route_and_the_guard_stay(site:
             ["unreachable", "default", "table", "6978", "proto", "78", "metric", "4294967295"]
         ]
         assert host.run("nft", "list", "tables") == "table inet eng_default_guard\n"
-        assert "eng0" not in host.run("ip", "link")
+        assert " eng0:" not in host.run("ip", "link")
         with host.entered():
             assert (living_agents(), leftover_guards()) == ([], [plan.identity])
             assert len(purge_dead([])) == len(rules) + 1
@@ -260,15 +260,33 @@ def test_an_established_connection_stays_off_the_wire_after_a_crash(path: Path, 
 
 
 @pytest.mark.proves("F04", "G8")
-def test_a_connection_survives_a_crash_and_a_restart(path: Path, far_tun: Tun, tunnel: Carry) -> None:
-    host = path.near.host
+def test_a_connection_survives_the_crash_and_restart_of_the_clients_agent(
+    path: Path, far_tun: Tun, tunnel: Carry
+) -> None:
     with path.connection() as (program, server):
         path.client.die()
         program.send(b"sent meanwhile")
-        with host.entered():
-            tun = open_tun("eng0")
-        restarted = Changes(host, CLIENT, tun)
-        with tunnel(tun, far_tun):
+        with restarted(path.near.host, CLIENT) as tun, tunnel(tun, far_tun):
             assert server.recv(100) == b"sent meanwhile"
-        restarted.die()
         assert path.near.wire.packets() == []
+
+
+@pytest.mark.proves("F04", "G8")
+def test_a_connection_survives_the_crash_and_restart_of_the_servers_agent(path: Path, tun: Tun, tunnel: Carry) -> None:
+    with path.connection() as (program, server):
+        path.server.die()
+        server.send(b"sent meanwhile")
+        with restarted(path.far.host, SERVER) as far_tun, tunnel(tun, far_tun):
+            assert program.recv(100) == b"sent meanwhile"
+        assert path.far.wire.packets() == []
+
+
+@contextmanager
+def restarted(host: Host, plan: Plan) -> Iterator[Tun]:
+    with host.entered():
+        tun = open_tun("eng0")
+    changes = Changes(host, plan, tun)
+    try:
+        yield tun
+    finally:
+        changes.die()

@@ -51,13 +51,9 @@ def routed(host: Host, plan: Plan) -> Iterator[Routing]:
 
 
 def state(host: Host) -> str:
-    """Describe addresses, rules and routes.
-
-    Without the numbers of devices, which are never used twice, and link-local addresses, which come by themselves.
-    """
+    """Describe addresses, rules and routes, without the numbers of devices, which are never used twice."""
     commands = ("ip rule", "ip -6 rule", "ip -details route show table all", "ip -6 route show table all", "ip address")
-    lines = [line for command in commands for line in host.run(*command.split()).splitlines() if "fe80::" not in line]
-    return re.sub(r"(?m)^\d+: (?=\w+:)", "", "\n".join(lines))
+    return re.sub(r"(?m)^\d+: (?=\w+:)", "", "".join(host.run(*command.split()) for command in commands))
 
 
 def tagged(host: Host) -> list[str]:

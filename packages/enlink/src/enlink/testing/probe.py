@@ -118,9 +118,12 @@ class Site:
 def site(network: Network, label: str) -> Iterator[Site]:
     """Make a site. Its host checks reverse paths strictly, as many distributions do."""
     host, internet = network.host(label), network.host(f"{label}-internet")
+    for each in (host, internet):
+        # No link-local addresses, which come a second or two later than the rest.
+        each.run("sysctl", "-qw", "net.ipv6.conf.default.addr_gen_mode=1")
     near, far = network.connect(host, "10.0.0.2/24", internet, "10.0.0.9/24")
     for each, device, address in ((host, near, "fd00::2/64"), (internet, far, "fd00::9/64")):
-        # Without duplicate detection, which holds an address back for a second or two.
+        # Nor duplicate detection, which holds an address back as long.
         each.run("ip", "address", "add", address, "dev", device, "nodad")
     host.run("sysctl", "-qw", *(f"net.ipv4.conf.{setting}.rp_filter=1" for setting in ("all", "default", near)))
     host.run("ip", "route", "add", "default", "via", "10.0.0.9")
