@@ -29,7 +29,6 @@ from enlink.frame import (
     encode_control,
 )
 
-Wire = Literal["auto", "original"]
 Speech = Literal["silent", "raw", "eng"]
 
 # Choices of ours.
