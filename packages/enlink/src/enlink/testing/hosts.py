@@ -98,7 +98,9 @@ class Network:
         host.run("ip", "link", "set", "lo", "up")
         return host
 
-    def connect(self, left: Host, left_address: str, right: Host, right_address: str, mtu: int = 1500) -> tuple[str, str]:
+    def connect(
+        self, left: Host, left_address: str, right: Host, right_address: str, mtu: int = 1500
+    ) -> tuple[str, str]:
         """Lay a veth wire between two hosts; addresses carry a prefix length. Returns the two device names."""
         self._wires += 1
         names = (f"wire{self._wires}a", f"wire{self._wires}b")
