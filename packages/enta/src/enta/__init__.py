@@ -1,3 +1,3 @@
-"""ENTA, the agent that takes an unmodified program's packets to a gateway and back."""
+"""ENTA, the agent that captures what ordinary programs send, and replays it to ordinary servers."""
 
 __version__ = "0.1.0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from ipaddress import AddressValueError, IPv4Address, IPv4Interface, NetmaskValueError
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from enta.capture.ip_rules import ip_commands
 from enta.capture.plan import MAX_MTU, Plan, Role, parse_captures, parse_replays
 from enta.cleanup import clean_up, leftover_instances
 from enta.config import DEFAULT_GATEWAY, AgentConfig
-from enta.doctor import examine
+from enta.doctor import examine, worst
 
 _DESCRIPTION = """\
 ENTA captures what ordinary programs send to certain ports and carries it through gateways to an ordinary server,
@@ -94,7 +95,8 @@ def _add_agent_options(parser: ProgramParser, role: Role) -> None:
         "--wire",
         choices=("auto", "original"),
         default="auto",
-        help="auto greets an ENG gateway; original says nothing but packets, as the original ENTG wants it (default: auto)",
+        help="auto greets an ENG gateway; original says nothing but packets, as the original ENTG wants it"
+        " (default: auto)",
     )
     link.add_argument(
         "--once",
@@ -126,7 +128,8 @@ def _add_plan_options(parser: ProgramParser, role: Role | str) -> None:
             metavar="[PROTO/]PORT[:TRANSIT]",
             action="append",
             default=[],
-            help="hand what arrives for TRANSIT (6978 for the first, and so on) to the server on this port; may be repeated",
+            help="hand what arrives for TRANSIT (6978 for the first, and so on) to the server on this port;"
+            " may be repeated",
         )
     link = parser.add_argument_group("gateway")
     link.add_argument(
@@ -284,14 +287,14 @@ async def _doctor(options: argparse.Namespace) -> None:
     plan = _plan(options, "server" if options.replay else "client")
     findings = await trio.to_thread.run_sync(examine, plan, options.entg_connect)
     if options.json:
-        rows = [{"level": found.level, "topic": found.topic, "text": found.text} for found in findings]
+        rows = [asdict(found) for found in findings]
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
     else:
         for found in findings:
             sys.stdout.write(f"{found.level:<5} {found.topic:<12} {found.text}\n")
-    failed = [found for found in findings if found.level == "fail"]
-    if failed:
-        raise _Unhealthy(failed[0].exit_code, f"{len(failed)} of {len(findings)} checks failed: {failed[0].text}")
+    if (problem := worst(findings)) is not None:
+        failed = sum(each.level == "fail" for each in findings)
+        raise _Unhealthy(problem.exit_code, f"{failed} of {len(findings)} checks failed: {problem.text}")
 
 
 class _Unhealthy(EngError):
