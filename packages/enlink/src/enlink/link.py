@@ -121,14 +121,11 @@ class Link:
 
         Packets that are returned here are received once more. Cancellation loses nothing; call it again.
         """
-        while True:
-            event = await self._next_event()
-            if isinstance(event, Packets):
-                self._events.appendleft(event)
-                self.speech = "raw"
-                return event
-            if isinstance(event, Hello):
-                return event
+        event = await self._next_event()
+        if isinstance(event, Packets):
+            self._events.appendleft(event)
+            self.speech = "raw"
+        return event
 
     async def receive(self) -> Packets:
         """Wait for packets and return one run of them, in order."""
