@@ -19,7 +19,7 @@ import pytest
 from enlink.errors import CannotCreate, NotPermitted
 from enlink.testing.hosts import Host, Network
 from enlink.testing.probe import Packet, Site, Wire, parse_packet, send
-from enta.capture.libnftables import Nft, NftFailure
+from enta.capture.libnftables import NftFailure
 from enta.capture.nftables import (
     NftablesFirewall,
     capture_ruleset,
@@ -550,6 +550,19 @@ def test_another_instance_needs_names_and_numbers_of_its_own(
         assert bare_host.run("nft", "list", "tables") == "table inet eng_default\n"
 
 
+def test_two_instances_live_side_by_side(bare_host: Host) -> None:
+    other = replace(CLIENT, instance="other", tun_name="eng1", table=7, mark=7)
+    with firewall_of(bare_host, CLIENT) as first, firewall_of(bare_host, other) as second:
+        for firewall in (first, second):
+            firewall.add_guard()
+            firewall.add_capture()
+        assert (first.missing(), second.missing()) == ([], [])
+        with bare_host.entered():
+            assert living_agents() == [CLIENT.identity, other.identity]
+        for firewall in (first, second):
+            firewall.delete_guard()
+
+
 @pytest.mark.proves("F13", "D29")
 @pytest.mark.parametrize("name", ["eng_default", "eng_default_guard"])
 def test_a_strangers_table_of_our_name_is_refused_and_left_as_it_is(bare_host: Host, name: str) -> None:
@@ -616,12 +629,9 @@ def test_without_the_capability_nothing_is_tried(
         NftablesFirewall(CLIENT)
 
 
-def test_what_the_kernel_refuses_for_another_reason_is_told_as_it_is(bare_host: Host) -> None:
-    with firewall_of(bare_host, CLIENT) as firewall:
-        bare_host.run("nft", "table inet eng_default_guard { chain refuse { jump c; }; chain c { }; }")
-        bare_host.run("nft", "flush", "ruleset")
-        with bare_host.entered():
-            nft = Nft()
-        with closing(nft), pytest.raises(NftFailure, match="nftables refused"):
-            nft.run("add rule inet nowhere c accept")
-        firewall.delete_guard()
+def test_what_the_kernel_refuses_for_another_reason_is_told_as_it_is(
+    bare_host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("enta.capture.nftables.capture_ruleset", lambda _: "add rule inet nowhere c accept\n")
+    with firewall_of(bare_host, CLIENT) as firewall, pytest.raises(NftFailure, match="nftables refused 'add rule"):
+        firewall.add_capture()

@@ -249,18 +249,18 @@ def _claimed(instance: str) -> Iterator[None]:
         yield
     except NftFailure as failure:
         if failure.is_refused:
-            raise CannotCreate(
-                f"instance {instance!r} is running here already: stop it, or choose another --instance"
-            ) from failure
+            raise _running_already(instance) from failure
         raise
+
+
+def _running_already(instance: str) -> CannotCreate:
+    return CannotCreate(f"instance {instance!r} is running here already: stop it, or choose another --instance")
 
 
 def _refuse_neighbours(nft: Nft, mine: Identity) -> None:
     for other in _owners(nft, "agent"):
         if other.instance == mine.instance:
-            raise CannotCreate(
-                f"instance {mine.instance!r} is running here already: stop it, or choose another --instance"
-            )
+            raise _running_already(mine.instance)
         for option, value, taken in (
             ("--tun-name", mine.tun_name, other.tun_name),
             ("--table", str(mine.table), str(other.table)),
