@@ -32,7 +32,10 @@ from enlink.frame import (
 Speech = Literal["silent", "raw", "eng"]
 
 # Choices of ours.
-READ_BYTES: Final = 256 * 1024
+# A buffer of more than 128 KiB is mapped, faulted in and unmapped by malloc for each read, which costs ten times the
+# reading of a small packet. So the larger one is for when the smaller one was filled.
+READ_BYTES: Final = 64 * 1024
+BULK_READ_BYTES: Final = 256 * 1024
 GREETING_DEADLINE_S: Final = 10.0  # absolute, not idle: one byte a second buys nobody a place
 KEEPALIVE_INTERVAL_S: Final = 5.0
 SILENCE_LIMIT_S: Final = 2 * KEEPALIVE_INTERVAL_S
@@ -346,6 +349,7 @@ class _SocketPort:
         self._stream = stream
         self._socket = stream.socket
         self._in_a_row = 0
+        self._read_bytes = READ_BYTES
 
     async def take_turn(self) -> None:
         self._in_a_row += 1
@@ -356,16 +360,21 @@ class _SocketPort:
     async def read(self) -> bytes:
         while True:
             try:
-                return os.read(self._descriptor(), READ_BYTES)
+                data = os.read(self._descriptor(), self._read_bytes)
             except BlockingIOError:
                 self._in_a_row = 0
                 await trio.lowlevel.wait_readable(self._socket)
+            else:
+                self._read_bytes = BULK_READ_BYTES if len(data) >= READ_BYTES else READ_BYTES
+                return data
 
     async def write(self, data: Buffer, stall_limit_s: float) -> None:
         rest = memoryview(data)
         while True:
-            with suppress(BlockingIOError):
+            try:  # noqa: SIM105  # contextlib.suppress costs half as much as the write itself
                 rest = rest[os.write(self._descriptor(), rest) :]
+            except BlockingIOError:
+                pass
             if not rest:
                 return
             self._in_a_row = 0
