@@ -278,6 +278,25 @@ def test_what_the_host_forwards_for_others_is_not_guarded(network: Network, site
             assert seen(site.wire) == {what}
 
 
+@pytest.mark.proves("D16")
+def test_a_connection_from_before_the_guard_is_held_back(site: Site) -> None:
+    with site.internet.entered():
+        listening = socket.create_server(("10.0.0.9", 7))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(listening)
+        with site.host.entered():
+            program = stack.enter_context(socket.create_connection(("10.0.0.9", 7), timeout=FAR_BEYOND_S))
+        server = stack.enter_context(listening.accept()[0])
+        firewall = stack.enter_context(firewall_of(site.host, CLIENT))
+        site.wire.packets()
+        firewall.add_guard()
+        program.send(b"canary")
+        assert site.wire.packets() == []
+        firewall.delete_guard()
+        server.settimeout(FAR_BEYOND_S)
+        assert server.recv(100) == b"canary", "the control: once the guard has gone, TCP sends it again"
+
+
 @pytest.mark.proves("F64")
 def test_a_guard_that_is_flushed_or_altered_is_missed_and_restored(site: Site) -> None:
     with firewall_of(site.host, CLIENT) as firewall:
@@ -548,6 +567,17 @@ def test_another_instance_needs_names_and_numbers_of_its_own(
         with pytest.raises(CannotCreate, match=reason):
             second.add_guard()
         assert bare_host.run("nft", "list", "tables") == "table inet eng_default\n"
+
+
+def test_a_saved_ruleset_with_our_tables_cannot_be_loaded_while_the_agent_lives(bare_host: Host) -> None:
+    with firewall_of(bare_host, CLIENT) as firewall:
+        firewall.add_guard()
+        firewall.add_capture()
+        saved = "flush ruleset\n" + bare_host.run("nft", "list", "ruleset")
+        with pytest.raises(RuntimeError, match="Operation not permitted"):
+            bare_host.run("nft", "-f", "-", input=saved)
+        assert firewall.missing() == []
+        firewall.delete_guard()
 
 
 def test_two_instances_live_side_by_side(bare_host: Host) -> None:

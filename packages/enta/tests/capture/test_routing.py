@@ -8,6 +8,7 @@ import os
 import re
 import select
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,6 +27,7 @@ from enta.capture.routing import Routing, purge_dead
 from enta.tun import Tun, open_tun
 
 FAR_BEYOND_S = 20.0
+IP_PKTINFO = 8  # linux/in.h
 CLIENT = Plan(
     "client",
     IPv4Interface("192.168.0.1/24"),
@@ -150,6 +152,21 @@ def test_local_servers_keep_the_clients_whose_own_port_is_captured(
     with routed(site.host, CLIENT), echo_once(site.host, kind, address):
         assert ask_from_port_7(site, kind, "10.0.0.2") == b"canary"
         assert tunnel_packets(site.host, tun) == []
+
+
+def test_a_udp_server_on_every_address_keeps_them_if_it_answers_from_the_address_asked(site: Site, tun: Tun) -> None:
+    with site.host.entered():
+        server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with server, routed(site.host, CLIENT):
+        server.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+        server.bind(("0.0.0.0", 5000))
+        server.settimeout(FAR_BEYOND_S)
+        send(site.internet, "udp", "10.0.0.2", 5000, source=("10.0.0.9", 7))
+        _, [(level, kind, information)], _, client = server.recvmsg(100, socket.CMSG_SPACE(12))
+        _, asked = struct.unpack_from("=i4s", information)
+        answer_from = [(level, kind, struct.pack("=i4s4x", 0, asked))]
+        server.sendmsg([b"answer"], answer_from, 0, client)
+        assert [packet.payload for packet in site.wire.packets()] == [b"answer"]
 
 
 def test_rules_for_any_source_would_lose_them(site: Site, tun: Tun) -> None:
