@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 # Choices of ours.
 TEAR_DOWN_LIMIT_S: Final = 5.0
-PACKETS_A_TURN: Final = 64
+PACKETS_A_TURN: Final = 16  # of up to 64 KiB: more would only wait for one another
 # The kernel announces every change but those of legacy iptables, which are cheap to look for.
 CHECK_INTERVAL_S: Final = {"nftables": 10.0, "iptables": 0.5}
 
