@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn, TypeAlias
 
 import trio
 
 from enlink.endpoint import Tcp
-from enlink.errors import NotPermitted, Unavailable
+from enlink.errors import EngError, NotPermitted, Unavailable
 from enlink.program import RateLimitedLog
 
 # Linux numbers that Python's socket module lacks.
@@ -23,6 +22,7 @@ TCP_NOTSENT_LOWAT: Final = 25  # linux/tcp.h
 # Choices of ours.
 DIAL_DEADLINE_S: Final = 5.0
 RESOLVE_DEADLINE_S: Final = 5.0
+_REFRESH_PATIENCE_S: Final = 1.0  # for a fresh answer, while there is an old one
 BIND_PATIENCE_S: Final = 5.0  # a predecessor may still be going
 BACKLOG: Final = 1024
 # A link must not hide queue from its sender: at most this much waits unsent in the kernel...
@@ -31,7 +31,7 @@ UNSENT_LIMIT_BYTES: Final = 128 * 1024
 ACKNOWLEDGE_DEADLINE_S: Final = 10
 _ACCEPT_PAUSE_S: Final = 0.1
 
-_SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
+_SocketAddress: TypeAlias = tuple[Any, ...]  # as getaddrinfo gives it: host and port, then what only IPv6 has
 _log = logging.getLogger(__name__)
 
 
@@ -71,7 +71,8 @@ class Dialer:
                     abandon_on_cancel=True,
                     limiter=self._resolver_threads,
                 )
-                self._addresses = [(family, address) for family, _, _, _, address in found]
+                self._addresses = [(family, address) for family, _, _, _, address in found] or self._addresses
+                reason = "it has no address"
             except (OSError, UnicodeError) as error:
                 reason = str(error)
         if not self._addresses:
@@ -87,35 +88,37 @@ class Dialer:
         if not self._addresses:
             await self.resolve()
             return await self._connect_any()
-        tried = list(self._addresses)
+        tried = self._addresses
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._refresh)
             try:
                 stream = await self._connect_any()
             except LinkUnavailable as error:
+                failure: EngError = error
+            except NotPermitted as error:
                 failure = error
+                nursery.cancel_scope.cancel()
             else:
                 nursery.cancel_scope.cancel()
+                # Nobody has the stream yet who could close it, should the caller be cancelled at this moment.
+                nursery.cancel_scope.shield = True
                 return stream
-        if self._addresses == tried:
-            raise failure
-        return await self._connect_any()
+        if isinstance(failure, LinkUnavailable) and self._addresses != tried:
+            return await self._connect_any()
+        raise failure
 
     async def _refresh(self) -> None:
-        try:
-            with trio.move_on_after(1):
-                await self.resolve()
-        except LinkUnavailable:
-            _log.debug("still using the last good addresses of %s", self.endpoint.host)
+        with trio.move_on_after(_REFRESH_PATIENCE_S):
+            # With an answer from before, resolving always succeeds.
+            await self.resolve()
 
     async def _connect_any(self) -> trio.SocketStream:
-        failure: LinkUnavailable | None = None
+        failure = LinkUnavailable(f"cannot connect to {self.endpoint.host}: it has no address")
         for family, address in self._addresses:
             try:
                 return await self._connect(family, address)
             except LinkUnavailable as error:
                 failure = error
-        assert failure is not None
         raise failure
 
     async def _connect(self, family: socket.AddressFamily, address: _SocketAddress) -> trio.SocketStream:
@@ -126,13 +129,9 @@ class Dialer:
             raise LinkUnavailable(f"cannot connect to {where}: {error.strerror}") from error
         with trio.move_on_after(DIAL_DEADLINE_S):
             try:
-                if self._mark is not None:
-                    sock.setsockopt(socket.SOL_SOCKET, SO_MARK, self._mark)
+                self._set_mark(sock, where)
                 await sock.connect(address)
                 return tuned(trio.SocketStream(sock))
-            except PermissionError as error:
-                sock.close()
-                raise NotPermitted(f"cannot mark the connection to {where}: needs CAP_NET_ADMIN") from error
             except OSError as error:
                 sock.close()
                 raise LinkUnavailable(f"cannot connect to {where}: {error.strerror}") from error
@@ -140,6 +139,15 @@ class Dialer:
                 sock.close()
                 raise
         raise LinkUnavailable(f"cannot connect to {where}: no answer within {DIAL_DEADLINE_S:.0f} s")
+
+    def _set_mark(self, sock: trio.socket.SocketType, where: str) -> None:
+        if self._mark is None:
+            return
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, SO_MARK, self._mark)
+        except PermissionError as error:
+            # Not to be mistaken for the EACCES of a prohibited route, which may be gone a moment later.
+            raise NotPermitted(f"cannot mark the connection to {where}: needs CAP_NET_ADMIN") from error
 
 
 def tuned(stream: trio.SocketStream) -> trio.SocketStream:
@@ -195,21 +203,24 @@ async def serve(
     *handler* owns the stream. Out of descriptors or memory, accepting pauses and goes on by itself.
     """
     async with trio.open_nursery() as accepting:
+        limited = RateLimitedLog(_log)
         for listener in listeners:
-            accepting.start_soon(_accept_forever, listener, handler, nursery)
+            accepting.start_soon(_accept_forever, listener, handler, nursery, limited)
     raise AssertionError("unreachable: accepting ends by cancellation only")
 
 
 async def _accept_forever(
-    listener: trio.SocketListener, handler: Callable[[trio.SocketStream], Awaitable[object]], nursery: trio.Nursery
+    listener: trio.SocketListener,
+    handler: Callable[[trio.SocketStream], Awaitable[object]],
+    nursery: trio.Nursery,
+    limited: RateLimitedLog,
 ) -> None:
-    limited = RateLimitedLog(_log)
     async with listener:
         while True:
             try:
                 stream = await listener.accept()
             except OSError as error:
-                limited.log("accept_paused", error.strerror or str(error))
+                limited.log("accept_paused", errno.errorcode.get(error.errno or 0, "unknown"), error=error)
                 await trio.sleep(_ACCEPT_PAUSE_S)
             else:
                 nursery.start_soon(handler, tuned(stream))
@@ -263,7 +274,7 @@ def _holder_of(port: int) -> str | None:
         if not process.name.isdigit():
             continue
         try:
-            if any(os.readlink(entry) in inodes for entry in (process / "fd").iterdir()):
+            if any(str(entry.readlink()) in inodes for entry in (process / "fd").iterdir()):
                 return f"{(process / 'comm').read_text().strip()} (pid {process.name})"
         except OSError:
             continue
