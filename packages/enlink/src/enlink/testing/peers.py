@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 import struct
 from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from ipaddress import IPv4Address
 from typing import Self
 
 import trio
 
 from enlink.frame import ControlMessage, Event, FrameDecoder, Hello, Packets, encode_control, encode_packets
+from enlink.testing.hosts import Host
 
 
 def ip_packet(source: str, destination: str, payload: bytes) -> bytes:
@@ -33,6 +36,31 @@ def ip_packets(
         packets.append(ip_packet(source, destination, rng.randbytes(length)))
         left -= length
     return packets
+
+
+async def connect(host: Host, port: int, address: str = "127.0.0.1") -> Peer:
+    """Connect from a host to a port of its own, or of *address*."""
+    with host.entered():
+        sock = trio.socket.socket()
+    await sock.connect((address, port))
+    return Peer(trio.SocketStream(sock))
+
+
+@asynccontextmanager
+async def listening(host: Host, port: int) -> AsyncIterator[Callable[[], Awaitable[Peer]]]:
+    """Listen on a host's loopback; yields what accepts the next connection."""
+    with host.entered():
+        sock = trio.socket.socket()
+    with sock:
+        sock.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_REUSEADDR, 1)
+        await sock.bind(("127.0.0.1", port))
+        sock.listen()
+
+        async def accept() -> Peer:
+            accepted, _ = await sock.accept()
+            return Peer(trio.SocketStream(accepted))
+
+        yield accept
 
 
 class Peer:
