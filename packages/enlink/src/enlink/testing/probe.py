@@ -25,6 +25,7 @@ _ETH_P_ALL = 3
 _IPV4, _IPV6 = 0x0800, 0x86DD
 _PACKET_OUTGOING = 4
 _SO_RCVBUFFORCE = 33
+_SOL_PACKET, _PACKET_STATISTICS = 263, 6
 _PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp6"}
 
 _FENCE_PORT = 9  # discard
@@ -87,7 +88,9 @@ class Wire:
 
         Raises:
             TimeoutError: the fence did not arrive: the wire is broken, and silence on it means nothing.
+            BufferError: more was sent since the last call than could be kept.
         """
+        self._refuse_losses()  # the fence would be lost as well
         mark = secrets.token_bytes(16)
         self._fence.sendto(mark, self._fence_address)
         heard: list[Packet] = []
@@ -98,11 +101,17 @@ class Wire:
                 continue
             packet = parse_packet(raw)
             if packet.payload == mark:
+                self._refuse_losses()
                 return heard
             is_housekeeping = packet.destination.version == 6 and packet.destination.is_multicast
             if not is_housekeeping and (str(packet.destination), packet.port) != self._fence_address:
                 heard.append(packet)
         raise TimeoutError(f"no fence arrived from {self._fence_address}")
+
+    def _refuse_losses(self) -> None:
+        _, lost = struct.unpack("II", self._ear.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
+        if lost:
+            raise BufferError(f"{lost} packets were lost: call this more often")
 
 
 @dataclass(frozen=True, slots=True)
