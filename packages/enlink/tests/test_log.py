@@ -314,6 +314,10 @@ def test_a_sentence_is_escaped_and_bounded_like_any_line() -> None:
         assert handler.drain(FAR_BEYOND_S)
         told = os.read(reading, 65536)
         assert PRINTABLE_ASCII_LINE.fullmatch(told)
+        thread = threading.Thread(target=handler.acquire)
+        thread.start()
+        thread.join(FAR_BEYOND_S)
+        assert not thread.is_alive(), "the handler is free for other threads"
         assert told.endswith(b": use Stra\\xdfe instead\n")
     with pipe() as (reading, writing):
         handler = EventHandler(writing)
@@ -322,9 +326,13 @@ def test_a_sentence_is_escaped_and_bounded_like_any_line() -> None:
         assert os.read(reading, 65536) == b"x" * 4095 + b"\n"
 
 
+def open_descriptors() -> set[Path]:
+    return set(Path("/proc/self/fd").iterdir())
+
+
 def test_every_record_goes_to_standard_error_while_the_block_runs(capfd: pytest.CaptureFixture[str]) -> None:
     root = logging.getLogger()
-    before = (list(root.handlers), root.level)
+    before = (list(root.handlers), root.level, open_descriptors())
     threads = threading.active_count()
     with log_to_standard_error() as handler:
         root.setLevel(logging.INFO)
@@ -336,7 +344,7 @@ def test_every_record_goes_to_standard_error_while_the_block_runs(capfd: pytest.
     text, json_line = capfd.readouterr().err.splitlines()
     assert text.endswith(" info test inside")
     assert json.loads(json_line)["event"] == "json"
-    assert (list(root.handlers), root.level) == before
+    assert (list(root.handlers), root.level, open_descriptors()) == before
     assert threading.active_count() == threads
 
 
