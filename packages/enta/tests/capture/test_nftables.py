@@ -257,12 +257,37 @@ def test_a_refusal_for_an_address_that_this_host_has_not_never_leaves(site: Site
         assert connect_from_a_lost_address() == set()
 
 
-def test_this_hosts_own_addresses_are_not_guarded(site: Site) -> None:
+def test_this_hosts_own_addresses_are_neither_guarded_nor_captured(site: Site) -> None:
     with firewall_of(site.host, CLIENT) as firewall, site.host.entered():
         firewall.add_guard()
+        firewall.add_capture()
         for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "10.0.0.2"), (socket.AF_INET6, "::1")):
             with socket.create_server((address, 7), family=family) as server:
                 socket.create_connection(server.getsockname()[:2], timeout=FAR_BEYOND_S).close()
+
+
+def test_local_servers_may_answer_clients_whose_own_port_is_captured(site: Site) -> None:
+    with firewall_of(site.host, CLIENT) as firewall:
+        firewall.add_guard()
+        firewall.add_capture()
+        with echo_servers(site.host, "10.0.0.2", 5000):
+            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                assert ask(site.internet, kind, "10.0.0.2", 5000, ("10.0.0.9", 7))[0] == b"canary"
+
+
+@pytest.mark.parametrize("plan", [CLIENT, SERVER], ids=["client", "server"])
+def test_the_guard_keeps_the_kernel_tracking_connections(site: Site, plan: Plan) -> None:
+    """Without a rule that asks, the kernel stops, and connections would not survive an agent's crash."""
+
+    def tracked() -> int:
+        return int(site.host.run("sysctl", "-n", "net.netfilter.nf_conntrack_count"))
+
+    send(site.host, "udp", "10.0.0.9", 1000)
+    assert tracked() == 0, "the control"
+    with firewall_of(site.host, plan) as firewall:
+        firewall.add_guard()
+        send(site.host, "udp", "10.0.0.9", 1000)
+        assert tracked() == 1
 
 
 def test_what_the_host_forwards_for_others_is_not_guarded(network: Network, site: Site) -> None:
@@ -389,12 +414,16 @@ def echo_servers(host: Host, address: str, port: int) -> Iterator[None]:
             thread.join()
 
 
-def ask(host: Host, kind: socket.SocketKind, address: str, port: int) -> tuple[bytes, str]:
+def ask(
+    host: Host, kind: socket.SocketKind, address: str, port: int, source: tuple[str, int] | None = None
+) -> tuple[bytes, str]:
     """Ask an echo server, and return its answer and the address that the question came from."""
     with host.entered():
         program = socket.socket(socket.AF_INET, kind)
     with program:
         program.settimeout(FAR_BEYOND_S)
+        if source:
+            program.bind(source)
         program.connect((address, port))
         program.sendall(b"canary")
         return program.recv(65536), program.getsockname()[0]
@@ -453,18 +482,29 @@ def test_a_server_on_the_loopback_address_only_is_not_reached(
 # ---- what comes out of the tunnel
 
 
-def udp_packet(source: str, destination: str, port: int, payload: bytes) -> bytes:
-    addresses = socket.inet_aton(source) + socket.inet_aton(destination)
-    header = struct.pack("!BBHHHBBH8s", 0x45, 0, 28 + len(payload), 0, 0, 64, socket.IPPROTO_UDP, 0, addresses)
-    checksum = sum(struct.unpack("!10H", header))
-    checksum = ~(checksum + (checksum >> 16)) & 0xFFFF
-    return (
-        header[:10]
-        + struct.pack("!H", checksum)
-        + header[12:]
-        + struct.pack("!HHHH", 4000, port, 8 + len(payload), 0)
-        + payload
-    )
+def checksum(data: bytes) -> bytes:
+    """The Internet checksum, RFC 1071."""
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data[: len(data) // 2 * 2])) + (data[-1] << 8) * (len(data) % 2)
+    while total > 0xFFFF:
+        total = (total & 0xFFFF) + (total >> 16)
+    return struct.pack("!H", ~total & 0xFFFF)
+
+
+def packet_of(protocol: int, source: str, destination: str, body: bytes) -> bytes:
+    """Make an IP packet of the family that the addresses have, with valid checksums."""
+    where = {socket.IPPROTO_TCP: 16, socket.IPPROTO_UDP: 6}[protocol]
+    family = socket.AF_INET6 if ":" in source else socket.AF_INET
+    addresses = socket.inet_pton(family, source) + socket.inet_pton(family, destination)
+    body = body[:where] + checksum(addresses + struct.pack("!HH", protocol, len(body)) + body) + body[where + 2 :]
+    if family == socket.AF_INET6:
+        return struct.pack("!IHBB", 6 << 28, len(body), protocol, 64) + addresses + body
+    header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(body), 0, 0, 64, protocol, 0) + addresses
+    return header[:10] + checksum(header) + header[12:] + body
+
+
+def udp_packet(source: str, destination: str, port: int, payload: bytes, source_port: int = 4000) -> bytes:
+    body = struct.pack("!HHHH", source_port, port, 8 + len(payload), 0) + payload
+    return packet_of(socket.IPPROTO_UDP, source, destination, body)
 
 
 HOSTILE = [
@@ -486,23 +526,93 @@ def test_the_kernel_lets_nothing_out_of_the_tunnel_but_replayed_ports(site: Site
         Routing(SERVER).bring_up_tun()
         ear = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
 
-    def delivered(last: tuple[str, str, int]) -> set[tuple[str, int]]:
-        """Write every packet and then *last*; return where on this host what arrives until then arrives."""
+    def delivered(last: tuple[str, str, int]) -> set[tuple[str, int, bytes]]:
+        """Write every packet and then *last*; return what arrives until then, and where on this host."""
         for packet in (*HOSTILE, last):
             os.write(tun.fileno(), udp_packet(*packet, b"last" if packet is last else b"hostile"))
         arrived = [parse_packet(ear.recv(65536))]
         while arrived[-1].payload != b"last":
             arrived.append(parse_packet(ear.recv(65536)))
-        return {(str(packet.destination), packet.port) for packet in arrived}
+        return {(str(packet.destination), packet.port, packet.payload) for packet in arrived}
 
     ear.settimeout(FAR_BEYOND_S)
     with ear:
         control = delivered(("192.168.0.1", "192.168.0.254", 1))
-        assert {("192.168.0.254", 6979), ("10.0.0.2", 6979), ("127.0.0.1", 6979), ("192.168.0.254", 22)} <= control
+        places = {("192.168.0.254", 6979), ("10.0.0.2", 6979), ("127.0.0.1", 6979), ("192.168.0.254", 22)}
+        assert {(*place, b"hostile") for place in places} <= control
         assert "udp 10.0.0.9:6979" in seen(site.wire)
         with host_changed(site, SERVER):
-            assert delivered(("192.168.0.1", "192.168.0.254", 6979)) == {("192.168.0.254", 5000)}
+            assert delivered(("192.168.0.1", "192.168.0.254", 6979)) == {("192.168.0.254", 5000, b"last")}
             assert seen(site.wire) == set()
+
+
+@pytest.mark.proves("D14")
+def test_nothing_but_answers_comes_out_of_the_tunnel_on_a_clients_host(site: Site, tun: Tun) -> None:
+    """Not even to the TUN's own address, where the host's other servers listen as well."""
+    with site.host.entered():
+        server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        program = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        Routing(CLIENT).bring_up_tun()
+    probing = udp_packet("192.168.0.254", "192.168.0.1", 22, b"hostile")
+    server.bind(("0.0.0.0", 22))
+    server.settimeout(FAR_BEYOND_S)
+    program.settimeout(FAR_BEYOND_S)
+    with server, program:
+        os.write(tun.fileno(), probing)
+        assert server.recv(100) == b"hostile", "the control"
+        with host_changed(site, CLIENT):
+            program.sendto(b"question", (ELSEWHERE, 7))
+            (question,) = tunnel_packets(tun, 1)
+            os.write(tun.fileno(), probing)
+            os.write(tun.fileno(), udp_packet("192.168.0.254", "192.168.0.1", question.source_port, b"answer", 6979))
+            assert program.recvfrom(100) == (b"answer", (ELSEWHERE, 7))
+            assert select.select([server], [], [], 0)[0] == []
+
+
+@pytest.mark.proves("D14", "F44")
+def test_no_ipv6_comes_out_of_the_tunnel_even_where_somebody_enables_it(site: Site, tun: Tun) -> None:
+    def arrives() -> bool:
+        site.host.run("sysctl", "-qw", "net.ipv6.conf.eng0.disable_ipv6=0")
+        os.write(tun.fileno(), udp_packet("fd00::7", "fd00::2", 6979, b"hostile"))
+        send(site.internet, "udp", "fd00::2", 6979, payload=b"last")
+        payloads = [server.recv(100)]
+        while payloads[-1] != b"last":
+            payloads.append(server.recv(100))
+        return b"hostile" in payloads
+
+    with site.host.entered():
+        server = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        Routing(SERVER).bring_up_tun()
+    server.bind(("::", 6979))
+    server.settimeout(FAR_BEYOND_S)
+    with server:
+        assert arrives(), "the control"
+        with host_changed(site, SERVER):
+            assert not arrives()
+
+
+def test_a_packet_that_connection_tracking_disowns_gets_no_answer(site: Site, tun: Tun) -> None:
+    """NAT leaves it alone, so it would meet no socket, and the answer would reset the connection that it is of."""
+    without_flags = packet_of(
+        socket.IPPROTO_TCP,
+        "192.168.0.1",
+        "192.168.0.254",
+        struct.pack("!HHIIBBHHH", 4000, 6978, 1, 1, 0x50, 0, 99, 0, 0),
+    )
+    with site.host.entered():
+        Routing(SERVER).bring_up_tun()
+
+    def answers() -> list[str]:
+        os.write(tun.fileno(), without_flags)
+        send(site.host, "udp", "192.168.0.1", 9, payload=b"last")
+        answers = tunnel_packets(tun, 1)
+        while answers[-1].payload != b"last":
+            answers += tunnel_packets(tun, 1)
+        return [answer.protocol for answer in answers[:-1]]
+
+    assert answers() == ["tcp"], "the control: the kernel resets"
+    with host_changed(site, SERVER):
+        assert answers() == []
 
 
 @pytest.mark.proves("D15")
