@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ BACKLOG: Final = 1024
 UNSENT_LIMIT_BYTES: Final = 128 * 1024
 # ...and bytes that nobody acknowledges for so long mean that the peer is gone, whatever the link carries.
 ACKNOWLEDGE_DEADLINE_S: Final = 10
+_BIND_PAUSE_S: Final = 0.1
 _ACCEPT_PAUSE_S: Final = 0.1
 
 _SocketAddress: TypeAlias = tuple[Any, ...]  # as getaddrinfo gives it: host and port, then what only IPv6 has
@@ -134,7 +136,7 @@ class Dialer:
                 return tuned(trio.SocketStream(sock))
             except OSError as error:
                 sock.close()
-                raise LinkUnavailable(f"cannot connect to {where}: {error.strerror}") from error
+                raise LinkUnavailable(f"cannot connect to {where}: {os.strerror(error.errno or 0)}") from error
             except BaseException:
                 sock.close()
                 raise
@@ -197,7 +199,7 @@ async def serve(
     listeners: Sequence[trio.SocketListener],
     handler: Callable[[trio.SocketStream], Awaitable[object]],
     nursery: trio.Nursery,
-) -> NoReturn:
+) -> None:
     """Accept on every listener until cancelled and start *handler* in *nursery* for each connection.
 
     *handler* owns the stream. Out of descriptors or memory, accepting pauses and goes on by itself.
@@ -206,7 +208,6 @@ async def serve(
         limited = RateLimitedLog(_log)
         for listener in listeners:
             accepting.start_soon(_accept_forever, listener, handler, nursery, limited)
-    raise AssertionError("unreachable: accepting ends by cancellation only")
 
 
 async def _accept_forever(
@@ -239,14 +240,12 @@ async def _bind(host: str, port: int, deadline: float) -> trio.SocketListener:
             await sock.bind(address)
             sock.listen(BACKLOG)
             return trio.SocketListener(sock)
-        except OSError as error:
+        except BaseException as error:
             sock.close()
-            if error.errno != errno.EADDRINUSE or trio.current_time() >= deadline:
+            is_taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            if not is_taken or trio.current_time() >= deadline:
                 raise
-        except BaseException:
-            sock.close()
-            raise
-        await trio.sleep(0.1)
+        await trio.sleep(_BIND_PAUSE_S)
 
 
 def _raise_bind_failure(host: str, port: int, error: OSError) -> NoReturn:
