@@ -304,9 +304,9 @@ async def test_with_the_original_wire_no_control_message_leaves_and_no_hello_is_
     with trio.move_on_after(60):
         await side.link.keep_alive()
     await side.link.send(FRAME)
-    await peer.send_all(FRAME + encode_control(CLIENT))
+    await peer.send_all(encode_control(CLIENT))
     ended = await end_of(side.link)
-    assert ended.reason == "bad_control"
+    assert (ended.reason, str(ended)) == ("bad_control", "the peer said HELLO out of turn")
     await side.link.aclose(Error("never said"))
     assert await hear_all(peer) == [PACKET]
 
@@ -1235,6 +1235,22 @@ def test_a_flood_ends_its_own_link_and_holds_up_no_other(flood: str) -> None:
 
     trio.run(main)
     assert longest_s < 8 * 0.05
+
+
+@pytest.mark.proves("G14")
+@in_trio
+async def test_a_flood_is_one_in_whatever_pieces_it_comes(clock: MockClock) -> None:
+    side, peer = await greeted_by_hand(memory_pair)
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def send() -> None:
+            for _ in range(20):
+                await peer.send_all(UNKNOWN * 100)
+                await trio.sleep(0.05)
+
+        assert (await end_of(side.link)).reason == "flood"
+    assert side.counts == {"unknown_control": FLOOD_LIMIT - 1}  # and HELLO, in the same second
 
 
 @in_trio

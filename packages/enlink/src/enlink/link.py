@@ -346,7 +346,6 @@ class _SocketPort:
     """
 
     def __init__(self, stream: trio.SocketStream) -> None:
-        self._stream = stream
         self._socket = stream.socket
         self._in_a_row = 0
         self._read_bytes = READ_BYTES
