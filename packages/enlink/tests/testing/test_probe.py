@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
 from enlink.testing.hosts import Network
-from enlink.testing.probe import Site, send, site
+from enlink.testing.probe import Site, canary, send, site
 
 
 @pytest.fixture
@@ -43,3 +44,21 @@ def test_packets_that_found_no_room_are_no_silence(near: Site) -> None:
             program.sendto(b"x", ("10.0.0.9", 53))
     with pytest.raises(BufferError, match="call this more often"):
         near.wire.packets()
+
+
+def test_a_canary_is_heard_in_every_way_it_tries_until_it_is_taken_away(near: Site) -> None:
+    """Connections and datagrams, by IPv4 and IPv6; then silence."""
+    heard: set[tuple[str, int, str]] = set()
+    with canary(near.host, tcp_port=7, udp_port=53):
+        deadline_s = time.monotonic() + 20
+        while len(heard) < 4 and time.monotonic() < deadline_s:
+            heard |= {(each.protocol, each.port, str(each.destination)) for each in near.wire.packets()}
+    assert heard == {(*way, address) for way in [("tcp", 7), ("udp", 53)] for address in ("1.1.1.1", "2001:db8::1")}
+    near.wire.packets()
+    assert near.wire.packets() == []
+
+
+def test_a_canary_that_cannot_fly_is_no_silence(near: Site) -> None:
+    """Its program ends at once, and a test that relies on it with it."""
+    with pytest.raises(RuntimeError, match="has ended"), canary(near.host, tcp_port=7, udp_port=70_000):
+        pass

@@ -1,4 +1,4 @@
-"""See every IP packet that leaves a host by a wire, to prove that something is sent, or never is.
+"""Try to send from a host, and see every IP packet that leaves it by a wire: to prove that something never does.
 
 A capture proves an absence only up to a packet known to be later: `Wire.packets` sends that one itself, a fence.
 """
@@ -10,6 +10,8 @@ import secrets
 import select
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,6 +114,56 @@ class Wire:
         _, lost = struct.unpack("II", self._ear.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
         if lost:
             raise BufferError(f"{lost} packets were lost: call this more often")
+
+
+_CANARY = """
+import itertools, socket, sys, time
+tcp_port, udp_port = int(sys.argv[1]), int(sys.argv[2])
+connected = []
+for number in itertools.count():
+    for family, address in ((socket.AF_INET, "1.1.1.1"), (socket.AF_INET6, "2001:db8::1")):
+        with socket.socket(family, socket.SOCK_DGRAM) as datagrams:
+            try:
+                datagrams.sendto(b"canary", (address, udp_port))
+            except OSError:
+                pass
+        connection = socket.socket(family)
+        connection.settimeout(0.002)
+        try:
+            connection.connect((address, tcp_port))
+            connected.append(connection)
+        except OSError:
+            connection.close()
+    for connection in connected[:]:
+        try:
+            connection.sendall(b"canary")
+        except TimeoutError:
+            pass
+        except OSError:
+            connected.remove(connection)
+    if len(connected) > 4:
+        connected.pop(number % 4).close()
+    if number == 10:
+        print("trying", flush=True)
+    time.sleep(0.003)
+"""
+
+
+@contextmanager
+def canary(host: Host, tcp_port: int, udp_port: int) -> Iterator[None]:
+    """Have a program on *host* that nothing discourages: it tries to reach 1.1.1.1 and 2001:db8::1, again and again.
+
+    Every few milliseconds it begins a connection to each and sends each a datagram, and it says something on the
+    connections that it has.
+    """
+    argv = (sys.executable, "-c", _CANARY, str(tcp_port), str(udp_port))
+    with host.popen(*argv, stdout=subprocess.PIPE) as program:
+        try:
+            if program.stdout is None or program.stdout.readline() != b"trying\n":
+                raise RuntimeError(f"the canary on {host.name} has ended")
+            yield
+        finally:
+            program.kill()
 
 
 @dataclass(frozen=True, slots=True)
