@@ -30,6 +30,7 @@ STALL_LIMIT_S: Final = 10.0  # for one that has spoken and takes nothing more
 SILENT_STALL_LIMIT_S: Final = 1.0  # for one that never said a word
 HALF_CLOSED_LIMIT_S: Final = 60.0  # without a packet to deliver
 PROVED_GOOD_S: Final = 1.0
+LONG_RUN: Final = 256  # packets
 
 _REFUSALS: Final = ("busy", "wrong_port", "too_many")
 
@@ -92,7 +93,7 @@ class Leg:
             await holder.link.send(packets.encoded, stall_limit_s=limit_s)
         except LinkEnded as ended:
             self._drop("stalled" if ended.reason == "stalled" else "link_ended", packets)
-            holder.end(ended.reason, str(ended))
+            self._give_up(holder, ended)
             return
         holder.last_sent_s = trio.current_time()
         self._sent["packets"] += packets.count
@@ -185,7 +186,7 @@ class Leg:
         try:
             await connection.link.keep_alive()
         except LinkEnded as ended:
-            connection.end(ended.reason, str(ended))  # and not at once, for something may have arrived
+            self._give_up(connection, ended)
 
     async def _introduce(self, connection: Connection, *, is_dialler: bool) -> Identity | None:
         """Find out who this is; None if it is to end before it has said so. It stands in line meanwhile."""
@@ -237,6 +238,9 @@ class Leg:
                 self._received["packets"] += packets.count
                 self._received["bytes"] += len(packets.encoded)
                 await self._router.forward(self, packets)
+                # Small packets cost more than the reading of them, after which the link gives others their turn.
+                if packets.count >= LONG_RUN:
+                    await trio.lowlevel.checkpoint()
         except LinkEnded as ended:
             if ended.reason != "eof":
                 raise
@@ -254,13 +258,20 @@ class Leg:
             with trio.move_on_after(left_s):
                 await connection.has_ended.wait()
 
-    def _forget(self, connection: Connection) -> None:
-        holder = self._place.holder
+    def _give_up(self, connection: Connection, ended: LinkEnded) -> None:
+        """Send nothing more to a connection that has failed; what has arrived on it is still passed on."""
+        self._vacate(connection)
+        connection.end(ended.reason, str(ended))
+
+    def _vacate(self, connection: Connection) -> None:
+        if connection is self._place.holder:
+            self._changed_s = trio.current_time()
         self._place.leave(connection)
+
+    def _forget(self, connection: Connection) -> None:
+        self._vacate(connection)
         if connection in self._connections:
             self._connections.remove(connection)
-        if holder is connection:
-            self._changed_s = trio.current_time()
 
     def _drop(self, reason: str, packets: Packets) -> None:
         self._sent_dropped[reason] += packets.count
