@@ -59,13 +59,22 @@ class ProgramParser(argparse.ArgumentParser):
         super().__init__(prog, **{**options, "allow_abbrev": False})
 
     def add_common_options(self, version: str) -> None:
-        """Add what every program has: the log, the status socket, ``--version``. With sub-commands, to each of them."""
+        """Add what every program has: the log, the status socket, ``--version``. With sub-commands, to each of them.
+
+        Where they may stand before the sub-command as well, it is made with ``argument_default=argparse.SUPPRESS``, so
+        that it leaves alone what stands there.
+        """
         group = self.add_argument_group("common options")
-        group.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="log this and worse (default: info)")
+        group.add_argument(
+            "--log-level",
+            choices=LOG_LEVELS,
+            default=self.argument_default or "info",
+            help="log this and worse (default: info)",
+        )
         group.add_argument(
             "--log-format",
             choices=("text", "json"),
-            default="text",
+            default=self.argument_default or "text",
             help="how to write a line of the log (default: text)",
         )
         group.add_argument(
