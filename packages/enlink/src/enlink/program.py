@@ -6,6 +6,7 @@ A program is ``run_program(parser, main)``. Nothing happens at import. How lines
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import signal
@@ -57,6 +58,7 @@ class ProgramParser(argparse.ArgumentParser):
     def __init__(self, prog: str | None = None, **options: Any) -> None:  # argparse's own, which grow with its version
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(prog, **{**options, "allow_abbrev": False})
+        self._words: list[str] = []
 
     def add_common_options(self, version: str) -> None:
         """Add what every program has: the log, the status socket, ``--version``. With sub-commands, to each of them.
@@ -82,13 +84,30 @@ class ProgramParser(argparse.ArgumentParser):
         )
         group.add_argument("--version", action="version", version=f"{self.prog.split()[0]} {version}")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, and remember of what, for `error`."""
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self._words, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Raise UsageError, where argparse would print its usage and leave."""
         problem = sys.exception()
         # argparse calls a ValueError of a type function "invalid value", and keeps the function's own words to itself.
         if isinstance(problem, argparse.ArgumentError) and isinstance(problem.__context__, UsageError):
             message = f"{problem.argument_name}: {problem.__context__}"
+        # It takes the value of an option that it does not know for a sub-command, and complains of that.
+        elif isinstance(problem, argparse.ArgumentError) and (unknown := self._unknown_option()):
+            message = f"unrecognized arguments: {unknown}"
         raise UsageError(f"{message}; see {self.prog} --help")
+
+    def _unknown_option(self) -> str | None:
+        commands = {
+            name for action in self._actions if action.nargs == argparse.PARSER for name in action.choices or ()
+        }
+        for word in itertools.takewhile(lambda word: word != "--" and word not in commands, self._words):
+            if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
+                return word
+        return None
 
 
 def run_program(

@@ -80,17 +80,31 @@ def _parser() -> ProgramParser:
     for name in _ATTESTED:
         attested.add_argument(f"--{name}", metavar="FILE" if name == "policy" else "NAME")
     parser.add_common_options(__version__)
-    commands = parser.add_subparsers(title="commands", metavar="")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     status = commands.add_parser(
-        "status", help="show what a running gateway does", description="Show what a running gateway does."
+        "status",
+        help="show what a running gateway does",
+        description="Show what a running gateway does.",
+        argument_default=argparse.SUPPRESS,
     )
-    status.add_argument("--json", action="store_true", help="as JSON, every counter")
+    status.add_argument("--json", action="store_true", default=False, help="as JSON")
     status.add_argument(
-        "--enta-port", type=int, metavar="PORT", help="which one, where several run: by its --enta-listen port"
+        "--enta-port",
+        type=_port,
+        metavar="PORT",
+        default=None,
+        help="which one, where several run: by its --enta-listen port",
     )
     status.add_common_options(__version__)
     status.set_defaults(run=_status)
     return parser
+
+
+def _port(text: str) -> int:
+    port = parse_listen(text)
+    if port.host is not None:
+        raise UsageError(f"{text!r} is more than a port: write it as in {port.port}")
+    return port.port
 
 
 async def _main(options: argparse.Namespace) -> None:
@@ -98,14 +112,14 @@ async def _main(options: argparse.Namespace) -> None:
 
 
 async def _gateway(options: argparse.Namespace) -> None:
-    asked_for = [name for name in (*_ATTESTED, "entg_rats_tls", "enta_rats_tls", "mutual") if getattr(options, name)]
     if options.occlum:
         raise ConfigError("--occlum needs RATS-TLS links, which are not built yet: use --host, without attestation")
-    if asked_for:
-        option = asked_for[0].replace("_", "-")
-        raise ConfigError(
-            f"--{option}: RATS-TLS links are not built yet, and there is no fallback to plain ones: leave it out"
-        )
+    for name in ("entg_rats_tls", "enta_rats_tls", "mutual", *_ATTESTED):
+        if getattr(options, name) not in (None, False):  # not even an empty value is ignored
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: RATS-TLS links are not built yet, and there is no fallback to plain ones:"
+                " leave it out"
+            )
     entg_listen = options.entg_listen
     if entg_listen is None and options.entg_connect is None:
         entg_listen = Tcp(None, DEFAULT_ENTG_PORT)
@@ -115,8 +129,8 @@ async def _gateway(options: argparse.Namespace) -> None:
         port = await _bind(gateway, stopping)
         if port is None:
             return
-        path = Path(options.status_socket) if options.status_socket else None
-        with InstanceLock("entg", "default", listen_port=port, status_path=path, facts={"enta_port": port}) as lock:
+        path, facts = options.status_socket, {"enta_port": port}
+        with InstanceLock("entg", "default", listen_port=port, status_path=path, facts=facts) as lock:
             async with trio.open_nursery() as nursery:
                 await nursery.start(serve_status, lock.status_path, gateway.snapshot)
                 await gateway.run(stopping)
@@ -139,7 +153,7 @@ async def _bind(gateway: Gateway, stopping: Stopping) -> int | None:
 
 
 async def _status(options: argparse.Namespace) -> None:
-    path = Path(options.status_socket) if options.status_socket else _socket_of_running(options.enta_port)
+    path = options.status_socket or _socket_of_running(options.enta_port)
     document = await fetch_status(path)
     sys.stdout.write(json.dumps(document, indent=2) + "\n" if options.json else render_status(document))
 
