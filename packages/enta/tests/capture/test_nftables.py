@@ -94,13 +94,13 @@ def test_the_guard_reads_as_what_it_keeps_off_the_wire() -> None:
         "        tcp dport 7 goto refuse\n"
         "        udp dport 7 goto refuse\n"
         "    }\n"
-        "    chain tracking {\n"
-        "        type filter hook prerouting priority -150; policy accept;\n"
-        "        ct state established accept\n"
-        "    }\n"
         "    chain leaving {\n"
         "        type filter hook postrouting priority 300; policy accept;\n"
         '        iif 0 oifname != { "lo", "eng0" } ip daddr 192.168.0.0/24 drop\n'
+        "    }\n"
+        "    chain tracking {\n"
+        "        type filter hook prerouting priority -150; policy accept;\n"
+        "        ct state established accept\n"
         "    }\n"
         "}\n"
     )

@@ -41,28 +41,6 @@ def guard_ruleset(plan: Plan) -> str:
     )
     if not plan.is_fail_closed:
         return cleared
-    refuse = _chain(
-        "refuse",
-        # A dropped UDP packet is an error that its sender sees. A connection would be tried for minutes. The refusal
-        # itself is for an address of this host, or it would leave as well.
-        "tcp flags & (syn | ack) == syn fib saddr type local reject with tcp reset",
-        "drop",
-    )
-    outgoing = _chain(
-        "outgoing",
-        f"type filter hook output priority {_AFTER_TRACKING}; policy accept;",
-        f'oifname "{plan.tun_name}" accept',
-        f"meta mark {plan.mark:#x} accept",
-        "ct direction reply accept",
-        "fib daddr type local accept",
-        *(f"{_matching(capture.protocol, capture.port, capture.destination)} goto refuse" for capture in plan.captures),
-    )
-    leaving = _chain(
-        "leaving",
-        f"type filter hook postrouting priority {_LAST}; policy accept;",
-        # After DNAT has chosen the way anew. Input interface 0: the packet was made here, not forwarded for others.
-        f'iif 0 oifname != {{ "lo", "{plan.tun_name}" }} ip daddr {plan.address.network} drop',
-    )
     # The kernel stops tracking connections with the last rule that asks about them. After an agent's crash it would
     # start again in their middle, take old acknowledgements for forged ones, and never let the connections go on.
     tracking = _chain(
@@ -70,12 +48,14 @@ def guard_ruleset(plan: Plan) -> str:
         f"type filter hook prerouting priority {_AFTER_TRACKING}; policy accept;",
         "ct state established accept",
     )
-    chains = [refuse, outgoing, tracking, leaving] if plan.captures else [tracking, leaving]
-    return cleared + _table(name, comment, *chains)
+    return cleared + _table(name, comment, *_barrier(plan), tracking)
 
 
 def capture_ruleset(plan: Plan) -> str:
-    """Return the text that replaces what the instance captures or replays, under the claim that it holds."""
+    """Return the text that replaces what the instance captures or replays, under the claim that it holds.
+
+    The guard's barrier is there a second time: others can flush the guard, but not this table.
+    """
     name = plan.identity.capture_table_name
     ports = [f"{replay.protocol} dport {replay.transit} accept" for replay in plan.replays]
     arriving = _chain(
@@ -120,7 +100,38 @@ def capture_ruleset(plan: Plan) -> str:
             ),
         )
     claim = _claim(plan)
-    return _table(name, *claim) + f"delete table inet {name}\n" + _table(name, *claim, arriving, passing, translating)
+    return (
+        _table(name, *claim)
+        + f"delete table inet {name}\n"
+        + _table(name, *claim, *_barrier(plan), arriving, passing, translating)
+    )
+
+
+def _barrier(plan: Plan) -> list[str]:
+    """Return the chains that keep captured traffic, and what is for the tunnel, off every other device."""
+    refuse = _chain(
+        "refuse",
+        # A dropped UDP packet is an error that its sender sees. A connection would be tried for minutes. The refusal
+        # itself is for an address of this host, or it would leave as well.
+        "tcp flags & (syn | ack) == syn fib saddr type local reject with tcp reset",
+        "drop",
+    )
+    outgoing = _chain(
+        "outgoing",
+        f"type filter hook output priority {_AFTER_TRACKING}; policy accept;",
+        f'oifname "{plan.tun_name}" accept',
+        f"meta mark {plan.mark:#x} accept",
+        "ct direction reply accept",
+        "fib daddr type local accept",
+        *(f"{_matching(capture.protocol, capture.port, capture.destination)} goto refuse" for capture in plan.captures),
+    )
+    leaving = _chain(
+        "leaving",
+        f"type filter hook postrouting priority {_LAST}; policy accept;",
+        # After DNAT has chosen the way anew. Input interface 0: the packet was made here, not forwarded for others.
+        f'iif 0 oifname != {{ "lo", "{plan.tun_name}" }} ip daddr {plan.address.network} drop',
+    )
+    return [refuse, outgoing, leaving] if plan.captures else [leaving]
 
 
 class NftablesFirewall:
