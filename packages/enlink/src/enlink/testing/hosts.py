@@ -104,10 +104,9 @@ class Network:
         """Lay a veth wire between two hosts; addresses carry a prefix length. Returns the two device names."""
         self._wires += 1
         names = (f"wire{self._wires}a", f"wire{self._wires}b")
-        run(
-            ["ip", "link", "add", names[0], "mtu", str(mtu), "netns", left.name, "type", "veth"]
-            + ["peer", "name", names[1], "mtu", str(mtu), "netns", right.name]
-        )
+        here = ("name", names[0], "mtu", str(mtu), "netns", left.name)
+        there = ("name", names[1], "mtu", str(mtu), "netns", right.name)
+        run(["ip", "link", "add", *here, "type", "veth", "peer", *there])
         for host, name, address in ((left, names[0], left_address), (right, names[1], right_address)):
             host.run("ip", "address", "add", address, "dev", name)
             host.run("ip", "link", "set", name, "up")
