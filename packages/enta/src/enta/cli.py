@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from dataclasses import asdict
 from ipaddress import AddressValueError, IPv4Address, IPv4Interface, NetmaskValueError
@@ -12,7 +13,7 @@ from pathlib import Path
 import trio
 from enlink.endpoint import parse_dial
 from enlink.errors import ConfigError, EngError, Unavailable, UsageError
-from enlink.program import ProgramParser, run_program
+from enlink.program import ProgramParser, log_event, run_program
 from enlink.status import InstanceLock, fetch_status, live_instances, render_status, serve_status
 from enlink.supervise import stop_signals
 
@@ -46,6 +47,8 @@ _SERVER = """\
 Hands what arrives from the gateway to local servers, and carries their answers back. The n-th port here is for the n-th
 port that the client captures, whatever its number there.
 """
+_logger = logging.getLogger(__name__)
+
 _ATTESTED = ("attester", "verifier", "tls", "crypto", "policy")
 
 
@@ -167,7 +170,8 @@ def _add_plan_options(parser: ProgramParser, role: Role | str) -> None:
         "--firewall",
         choices=("auto", "nftables", "iptables"),
         default="auto",
-        help="auto is nftables. iptables cannot promise that the rules go when the agent is killed (default: auto)",
+        help="auto is nftables, or iptables where that cannot be had. iptables cannot promise that the rules go when"
+        " the agent is killed (default: auto)",
     )
     host.add_argument(
         "--on-crash",
@@ -254,13 +258,23 @@ async def _agent(options: argparse.Namespace) -> None:
 
 def _firewall(config: AgentConfig) -> Firewall:
     # Imported here: each needs a library that only its own users must have.
-    if config.firewall == "iptables":
-        from enta.capture.iptables import IptablesFirewall
-
-        return IptablesFirewall(config.plan)
+    from enta.capture.iptables import IptablesFirewall
     from enta.capture.nftables import NftablesFirewall
 
-    return NftablesFirewall(config.plan)
+    if config.firewall == "iptables":
+        return IptablesFirewall(config.plan)
+    try:
+        return NftablesFirewall(config.plan)
+    except Unavailable as error:
+        if config.firewall == "nftables":
+            raise
+        reason = error
+    try:
+        firewall = IptablesFirewall(config.plan)
+    except Unavailable as error:
+        raise Unavailable(f"{reason}; nor does the second choice work: {error}") from error
+    log_event(_logger, "second_choice", logging.WARNING, firewall="iptables", why=reason)
+    return firewall
 
 
 def _dry_run(config: AgentConfig) -> str:

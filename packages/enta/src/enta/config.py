@@ -23,7 +23,7 @@ class AgentConfig:
         plan: what it does to this host.
         gateway: where its uplink goes.
         wire: ``original`` for a gateway that knows no control messages.
-        firewall: which packet filter to use; ``auto`` takes nftables.
+        firewall: which packet filter to use; ``auto`` takes nftables, and iptables where that cannot be had.
         is_once: end when the gateway cannot be reached or has gone, instead of trying again.
     """
 
