@@ -21,6 +21,7 @@ from enlink.supervise import Backoff
 
 # Choices of ours.
 QUEUE_LIMIT_BYTES: Final = 1024 * 1024  # sixteen of the largest packets, or seven hundred of the usual ones
+LONG_RUN: Final = 256  # packets
 _PROVED_GOOD_S: Final = 1.0
 
 _logger = logging.getLogger(__name__)
@@ -161,7 +162,11 @@ class Uplink:
                 if len(self._queue):
                     await self._transmit(link, self._queue.take_all())
                 while True:
-                    self._deliver(await link.receive())
+                    packets = await link.receive()
+                    self._deliver(packets)
+                    # Small packets cost more than the reading of them, after which the link gives others their turn.
+                    if packets.count >= LONG_RUN:
+                        await trio.lowlevel.checkpoint()
         finally:
             await link.aclose(farewell)
 
