@@ -47,7 +47,7 @@ Main = Callable[[argparse.Namespace], Awaitable[None]]
 
 
 def parser() -> ProgramParser:
-    made = ProgramParser("enta")
+    made = ProgramParser("enta", description="Captures.\n\n  enta client")
     made.add_argument("--entg-connect", type=parse_dial)
     made.add_common_options("1.2.3")
     return made
@@ -133,6 +133,7 @@ def test_a_value_error_of_another_kind_is_told_as_argparse_does(capfd: pytest.Ca
 
 def test_a_program_without_the_common_options_runs_with_their_defaults() -> None:
     assert run_program(argparse.ArgumentParser("plain"), nothing, []) == 0
+    assert run_program(argparse.ArgumentParser("plain"), nothing, ["--unknown"]) == 2, "and with its own manners"
 
 
 def test_help_and_version_go_to_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
@@ -142,6 +143,7 @@ def test_help_and_version_go_to_standard_output(capfd: pytest.CaptureFixture[str
     out, err = capfd.readouterr()
     for option in ("--log-level", "--log-format", "--status-socket PATH", "--version"):
         assert option in out
+    assert "Captures.\n\n  enta client\n" in out, "laid out as it was written"
     assert err == ""
 
 
@@ -301,15 +303,16 @@ def test_printed_text_is_written_before_the_program_ends_or_its_loss_told(
     assert capfd.readouterr().err == told
 
 
-def test_standard_descriptors_that_are_missing_become_dev_null() -> None:
-    saved = os.dup(0)
-    os.close(0)
+@pytest.mark.parametrize("descriptor", [0, 2])
+def test_a_standard_descriptor_that_is_missing_becomes_dev_null(descriptor: int) -> None:
+    saved = os.dup(descriptor)
+    os.close(descriptor)
     try:
         assert run_program(parser(), nothing, []) == 0
-        assert os.path.samestat(os.fstat(0), Path(os.devnull).stat())
-        assert os.get_inheritable(0)
+        assert os.path.samestat(os.fstat(descriptor), Path(os.devnull).stat())
+        assert os.get_inheritable(descriptor)
     finally:
-        os.dup2(saved, 0)
+        os.dup2(saved, descriptor)
         os.close(saved)
 
 
