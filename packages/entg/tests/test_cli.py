@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,13 +51,12 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 
 @pytest.fixture(autouse=True)
-def runtime_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Locks and status sockets of this test alone."""
-    path = tmp_path / "run"
-    path.mkdir(0o700)
-    monkeypatch.setenv("RUNTIME_DIRECTORY", str(path))
-    yield path
-    assert list(path.glob("*.sock")) == []
+def runtime_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Locks and status sockets of this test alone, under a name that is short enough for a socket."""
+    with tempfile.TemporaryDirectory(prefix="eng-") as path:
+        monkeypatch.setenv("RUNTIME_DIRECTORY", path)
+        yield Path(path)
+        assert list(Path(path).iterdir()) == []
 
 
 # What is refused.
@@ -158,8 +158,7 @@ def test_a_port_that_becomes_free_within_five_seconds_is_taken(host: Host) -> No
     with host.entered():
         holder = socket.create_server(("0.0.0.0", 6979))
     with started(host, "entg") as gateway:
-        time.sleep(1)
-        assert gateway.process.poll() is None
+        gateway.wait_until(lambda: ":6980 " in host.run("ss", "-Htln"), "listening on its first port")
         holder.close()
         gateway.wait_until_ready()
 
@@ -167,7 +166,7 @@ def test_a_port_that_becomes_free_within_five_seconds_is_taken(host: Host) -> No
 @pytest.mark.proves("F06")
 def test_a_stop_is_obeyed_while_a_port_is_waited_for(host: Host) -> None:
     with host.entered(), socket.create_server(("0.0.0.0", 6979)), started(host, "entg") as gateway:
-        time.sleep(1)
+        gateway.wait_until(lambda: ":6980 " in host.run("ss", "-Htln"), "listening on its first port")
         assert gateway.stop() == 0
         assert gateway.events("ready") == []
 
@@ -175,9 +174,6 @@ def test_a_stop_is_obeyed_while_a_port_is_waited_for(host: Host) -> None:
 @pytest.mark.proves("D19", "G21")
 def test_a_gateway_needs_no_privilege(host: Host, runtime_directory: Path) -> None:
     os.chown(runtime_directory, NOBODY, NOBODY)
-    for parent in runtime_directory.parents:
-        if parent.stat().st_uid == os.geteuid() and parent.is_relative_to("/tmp/pytest-of-root"):
-            parent.chmod(0o755)
     under = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--bounding-set=-all")
     process = host.popen(*under, ENTG, stderr=subprocess.PIPE)
     assert process.stderr is not None
@@ -189,10 +185,8 @@ def test_a_gateway_needs_no_privilege(host: Host, runtime_directory: Path) -> No
     process.stderr.close()
     process = host.popen(*under, ENTG, "--enta-listen", "80", stderr=subprocess.PIPE)
     _, error = process.communicate(timeout=FAR_BEYOND_S)
-    assert (process.returncode, error) == (
-        77,
-        b"entg: cannot listen on 0.0.0.0:80: ports below 1024 need CAP_NET_BIND_SERVICE\n",
-    )
+    assert process.returncode == 77
+    assert error.splitlines()[0] == b"entg: cannot listen on 0.0.0.0:80: ports below 1024 need CAP_NET_BIND_SERVICE"
 
 
 # What it does.

@@ -244,7 +244,6 @@ async def test_two_hundred_slow_greetings_add_little_to_a_good_one(gateway: Prog
 
             for stranger in slow:
                 nursery.start_soon(drip, stranger)
-            await trio.sleep(1)
             times_s = await greeting_times_s(host, 100)
             nursery.cancel_scope.cancel()
         assert times_s[98] < 8 * 0.1, times_s
@@ -263,11 +262,10 @@ async def test_without_descriptors_links_go_on_and_new_ones_wait(host: Host) -> 
             began_s = time.monotonic()
             await until(lambda: gateway.events("accept_paused"))
             packets = ip_packets(ALICE, FAR, size_bytes=MIB)
-            for _ in range(3):
+            while time.monotonic() - began_s < 2:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(agent.send, *packets)
                     assert await peer.hear_packets(len(packets)) == packets
-                await trio.sleep(0.5)
             assert len(gateway.events("accept_paused")) <= time.monotonic() - began_s + 2
             for stranger in hoard:
                 await trio.aclose_forcefully(stranger.stream)
