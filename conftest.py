@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import stat
 import subprocess
 from collections.abc import Generator
 from typing import TypeVar
@@ -38,13 +37,8 @@ def _without_excuse(report: Report) -> Report:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """As root, note this machine's addresses, rules, routes and packet filter. Refuse to run where nobody can read."""
+    """Note this machine's addresses, rules, routes and packet filter, where they can be read and changed."""
     if os.geteuid() == 0 and not hasattr(session.config, "workerinput"):
-        root = session.config.rootpath
-        for directory in (root, *root.parents):
-            if not directory.stat().st_mode & stat.S_IXOTH:
-                reason = f"some tests become user nobody, who cannot enter {directory}: clone to /srv or /tmp"
-                pytest.exit(reason, pytest.ExitCode.USAGE_ERROR)
         session.config.stash[_network_before] = _network()
 
 

@@ -18,6 +18,7 @@ import pytest
 from enlink.errors import CannotCreate, SystemFailure, Unavailable
 from enlink.status import InstanceLock
 from enlink.testing.hosts import Host, Network
+from enlink.testing.programs import as_nobody
 from enta import cleanup
 from enta.capture.ip_rules import wanted_routes, wanted_rules
 from enta.capture.nftables import guard_ruleset
@@ -476,11 +477,10 @@ def test_without_the_privilege_nothing_changes_and_the_reader_learns_which(host:
 def test_a_user_with_nothing_but_the_privilege_cleans_up(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     before = state(host)
     crash(host, "one", 11, "nftables")
-    capability = ("--inh-caps=-all,+net_admin", "--ambient-caps=-all,+net_admin", "--bounding-set=-all,+net_admin")
     with TemporaryDirectory() as runtime:  # where that user may go
         os.chown(runtime, 65534, 65534)
         monkeypatch.setenv("RUNTIME_DIRECTORY", runtime)
-        done = clean_up_in_child(host, "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *capability)
+        done = clean_up_in_child(host, *as_nobody("net_admin"))
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 8
     assert state(host) == before

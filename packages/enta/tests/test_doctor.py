@@ -19,6 +19,7 @@ import pytest
 from enlink.endpoint import Tcp
 from enlink.errors import EngError
 from enlink.testing.hosts import Host, Network
+from enlink.testing.programs import as_nobody
 from enta import doctor
 from enta.capture.libnftables import Nft, NftFailure
 from enta.capture.nftables import NftablesFirewall
@@ -50,10 +51,7 @@ gateway = Tcp(sys.argv[1], 6980) if sys.argv[1:] else None
 json.dump([dataclasses.asdict(finding) for finding in examine(plan, gateway)], sys.stdout)
 """
 
-WITH_NOTHING_BUT_THE_PRIVILEGE = (
-    *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
-    *("--inh-caps=-all,+net_admin", "--ambient-caps=-all,+net_admin", "--bounding-set=-all,+net_admin"),
-)
+WITH_NOTHING_BUT_THE_PRIVILEGE = as_nobody("net_admin")
 
 
 @pytest.fixture(autouse=True)
@@ -275,6 +273,7 @@ def test_a_missing_privilege_is_the_worst(host: Host) -> None:
 
 
 def test_who_may_do_nothing_hears_of_the_privilege_first(host: Host) -> None:
+    "".encode("idna")  # of host names: loaded while this process may still read where Python is
     with unchanged(host), host.entered():
         os.setegid(65534)
         os.seteuid(65534)  # takes the effective capabilities along

@@ -20,7 +20,7 @@ import trio
 from enlink.frame import Hello, Role
 from enlink.testing.hosts import Host
 from enlink.testing.peers import connect
-from enlink.testing.programs import FAR_BEYOND_S, Program, in_trio, started
+from enlink.testing.programs import FAR_BEYOND_S, NOBODY, Program, as_nobody, in_trio, started
 from entg.cli import main
 
 ENTG = str(Path(sys.executable).parent / "entg")
@@ -30,7 +30,6 @@ COUNTERS = [
     for direction in ("from", "to")
     for suffix in ("", "_dropped")
 ] + ["enta_ended", "entg_ended"]
-NOBODY = 65534
 
 Refuse = Callable[..., tuple[int, str]]
 
@@ -174,7 +173,7 @@ def test_a_stop_is_obeyed_while_a_port_is_waited_for(host: Host) -> None:
 @pytest.mark.proves("D19", "G21")
 def test_a_gateway_needs_no_privilege(host: Host, runtime_directory: Path) -> None:
     os.chown(runtime_directory, NOBODY, NOBODY)
-    under = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--bounding-set=-all")
+    under = as_nobody()
     process = host.popen(*under, ENTG, stderr=subprocess.PIPE)
     assert process.stderr is not None
     assert b" ready " in process.stderr.readline()

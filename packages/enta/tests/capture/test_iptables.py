@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from enlink.errors import SystemFailure, Unavailable
 from enlink.testing.hosts import Host, Network
+from enlink.testing.programs import as_nobody
 from enta.capture import iptables, legacy
 from enta.capture.ip_rules import ip_commands
 from enta.capture.iptables import (
@@ -780,7 +781,7 @@ def test_no_compiler_is_started(host: Host, tmp_path: Path, monkeypatch: pytest.
     assert not list(tmp_path.glob("ran-*"))
 
 
-def without_privilege(*setpriv: str) -> tuple[str, str]:
+def without_privilege(*under: str) -> tuple[str, str]:
     """Add a guard in a process with fewer privileges; return the class and the text of its error."""
     program = (
         "from enta.capture.iptables import IptablesFirewall\n"
@@ -790,9 +791,7 @@ def without_privilege(*setpriv: str) -> tuple[str, str]:
         "try: IptablesFirewall(plan).add_guard()\n"
         "except Exception as error: print(type(error).__name__, error)\n"
     )
-    done = subprocess.run(
-        ["setpriv", *setpriv, sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([*under, sys.executable, "-c", program], capture_output=True, text=True, check=True)
     kind, _, text = done.stdout.strip().partition(" ")
     assert "\n" not in text
     return kind, text
@@ -800,13 +799,13 @@ def without_privilege(*setpriv: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("capability", ["net_admin", "net_raw"])
 def test_a_missing_capability_is_named(host: Host, capability: str) -> None:
-    kind, text = without_privilege(f"--bounding-set=-{capability}", f"--inh-caps=-{capability}")
+    kind, text = without_privilege("setpriv", f"--bounding-set=-{capability}", f"--inh-caps=-{capability}")
     assert kind == "NotPermitted"
     assert "CAP_NET_ADMIN and CAP_NET_RAW" in text
 
 
 def test_a_user_who_may_not_see_the_tables_is_told_to_be_root(host: Host) -> None:
-    kind, text = without_privilege("--reuid=65534", "--regid=65534", "--clear-groups")
+    kind, text = without_privilege(*as_nobody())
     assert kind == "NotPermitted"
     assert text.endswith("run as root")
 

@@ -123,6 +123,53 @@ class Program:
         self.wait()
 
 
+NOBODY = 65534
+_LET_IN = """
+import os, subprocess, sys
+count = int(sys.argv[1])
+roots, argv = sys.argv[2 : 2 + count], sys.argv[2 + count :]
+def mount(*words):
+    subprocess.run(["mount", *words], check=True)
+def closed(root):
+    parents = [root]
+    while parents[-1] != "/":
+        parents.append(os.path.dirname(parents[-1]))
+    return next((each for each in reversed(parents) if not os.stat(each).st_mode & 0o001), None)
+mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", "/mnt")
+doors = {root: closed(root) for root in roots}
+for number, root in enumerate(roots):
+    os.mkdir(f"/mnt/{number}")
+    mount("--rbind", root, f"/mnt/{number}")
+for door in {door for door in doors.values() if door}:
+    mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", door)
+for number, (root, door) in enumerate(doors.items()):
+    if door:
+        os.makedirs(root, exist_ok=True)
+        mount("--rbind", f"/mnt/{number}", root)
+os.execvp(argv[0], argv)
+"""
+
+
+def as_nobody(*capabilities: str) -> tuple[str, ...]:
+    """What to put before a command, so that it runs as user nobody with these capabilities, ``net_admin``, and no others.
+
+    Python and this code may lie where that user cannot go, in a home directory say: then they are laid open, in a mount
+    namespace of the command's own.
+    """
+    roots = list(dict.fromkeys(map(os.path.realpath, (sys.prefix, sys.base_prefix, *_source_roots()))))
+    kept = "".join(f",+{capability}" for capability in capabilities)
+    return (
+        *("unshare", "--mount", sys.executable, "-c", _LET_IN, str(len(roots)), *roots),
+        *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+        *(f"--inh-caps=-all{kept}", f"--ambient-caps=-all{kept}", f"--bounding-set=-all{kept}"),
+    )
+
+
+def _source_roots() -> list[str]:
+    """Where our packages are imported from: a clone of the repository, or nowhere but site-packages."""
+    return [path for path in sys.path if path.endswith("/src") and Path(path).is_dir()]
+
+
 @contextmanager
 def started(host: Host, program: str, *options: str, under: Sequence[str] = ()) -> Iterator[Program]:
     """Start one of our programs, and make sure that it has ended in the end.
