@@ -172,7 +172,10 @@ class Agent:
         """Whether this end is one that nobody asked for, while programs rely on being captured."""
         if not self._config.plan.is_fail_closed or not (self._is_capturing or self._is_held_closed):
             return False
-        wanted = trio.Cancelled | KeyboardInterrupt | LinkEnded | LinkUnavailable
+        wanted = trio.Cancelled | KeyboardInterrupt
+        if self._is_capturing:
+            # With --once. Before that, an agent that finds no gateway has not taken the place of the dead one yet.
+            wanted |= LinkEnded | LinkUnavailable
         return any(not isinstance(leaf, wanted) for leaf in leaves(error))
 
     async def _on_host(self, change: Callable[[], T]) -> T:
