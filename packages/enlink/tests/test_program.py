@@ -124,6 +124,42 @@ def test_a_sub_command_shares_the_manners(capfd: pytest.CaptureFixture[str]) -> 
     ]
 
 
+def gateway() -> ProgramParser:
+    """A program that does its main job without a sub-command, and shares its common options with one."""
+    made = parser()
+    status = made.add_subparsers(dest="command").add_parser("status", argument_default=argparse.SUPPRESS)
+    status.add_common_options("1.2.3")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--unknown", "value"], "unrecognized arguments: --unknown"),
+        (["--unknown=value", "status"], "unrecognized arguments: --unknown=value"),
+        (["--log-level", "debug", "stats"], "argument command: invalid choice: 'stats' (choose from "),
+        (["--log-level=debug", "--", "--unknown"], "argument command: invalid choice: '--"),
+        (["status", "--unknown"], "unrecognized arguments: --unknown"),
+        (["--log-level", "loud", "status", "--unknown"], "argument --log-level: invalid choice: 'loud'"),
+    ],
+)
+def test_beside_sub_commands_it_is_the_unknown_option_that_is_named(
+    argv: list[str], told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_program(gateway(), nothing, argv) == 64
+    assert capfd.readouterr().err.startswith(f"enta: {told}")
+
+
+def test_common_options_may_stand_before_or_after_a_sub_command() -> None:
+    async def main(options: argparse.Namespace) -> None:
+        seen.append((options.log_level, options.log_format, options.status_socket))
+
+    seen: list[tuple[str, str, Path | None]] = []
+    for argv in (["--log-level", "error", "--status-socket", "/x", "status", "--log-format", "json"], ["status"]):
+        assert run_program(gateway(), main, argv) == 0
+    assert seen == [("error", "json", Path("/x")), ("info", "text", None)]
+
+
 def test_a_value_error_of_another_kind_is_told_as_argparse_does(capfd: pytest.CaptureFixture[str]) -> None:
     made = parser()
     made.add_argument("--mtu", type=int)
