@@ -273,8 +273,8 @@ def test_a_missing_privilege_is_the_worst(host: Host) -> None:
 
 
 def test_who_may_do_nothing_hears_of_the_privilege_first(host: Host) -> None:
-    "".encode("idna")  # of host names: loaded while this process may still read where Python is
     with unchanged(host), host.entered():
+        examine(CLIENT, Tcp("127.0.0.1", 6980))  # imports what it needs while this process may read where Python is
         os.setegid(65534)
         os.seteuid(65534)  # takes the effective capabilities along
         try:

@@ -151,7 +151,7 @@ os.execvp(argv[0], argv)
 
 
 def as_nobody(*capabilities: str) -> tuple[str, ...]:
-    """What to put before a command, so that it runs as user nobody with these capabilities, ``net_admin``, and no others.
+    """What to put before a command, so that it runs as user nobody with these capabilities and no others.
 
     Python and this code may lie where that user cannot go, in a home directory say: then they are laid open, in a mount
     namespace of the command's own.
