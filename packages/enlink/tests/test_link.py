@@ -845,10 +845,23 @@ async def test_who_receives_and_who_sends_meanwhile_learn_that_the_link_was_clos
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(until_the_end, side.link.receive)
-        nursery.start_soon(until_the_end, partial(side.link.send, encode_packets([b"\x45" + bytes(60_000)] * 20)))
+        for _ in range(2):  # one sends, and the other waits for it
+            nursery.start_soon(until_the_end, partial(side.link.send, encode_packets([b"\x45" + bytes(60_000)] * 20)))
         await wait_all_tasks_blocked()
         await side.link.aclose()
-    assert reasons == ["closed", "closed"]
+    assert sorted(reasons) == ["closed", "closed", "cut"]
+    await peer.aclose()
+
+
+@in_trio
+async def test_a_stream_that_is_closed_under_the_link_is_a_closed_link(make_pair: MakePair, clock: MockClock) -> None:
+    side, peer = await greeted_by_hand(make_pair)
+    await side.link._stream.aclose()
+    for use in (side.link.receive, partial(side.link.send, FRAME)):
+        with pytest.raises(LinkEnded, match="closed here") as raised:
+            await use()
+        assert raised.value.reason == "closed"
+    await side.link.aclose(Close("too late"))
     await peer.aclose()
 
 
@@ -861,6 +874,19 @@ async def test_closing_with_a_word_while_another_task_receives(make_pair: MakePa
         await side.link.aclose(Close("bye"))
     assert await hear_all(peer) == [Close("bye")]
     await peer.aclose()
+
+
+@in_trio
+async def test_closing_at_any_moment_of_a_receive_ends_it_as_closed() -> None:
+    for sends in range(2 * 16):  # the n-th operation in a row lets other tasks go first
+        side, peer = await greeted_by_hand(tcp_stream_pair)
+        for _ in range(sends):
+            await side.link.send(FRAME)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(expect_end, side.link.receive)
+            nursery.start_soon(side.link.aclose, Close("bye"))
+            assert await hear_all(peer) == [PACKET] * sends + [Close("bye")]
+            await peer.aclose()
 
 
 @in_trio
@@ -961,7 +987,7 @@ async def test_a_send_that_was_cut_is_the_last_one(make_tight_pair: MakePair, cl
     big = b"\x45" + bytes(65_000)
     with trio.move_on_after(1):
         await side.link.send(encode_packets([PACKET] + [big] * 20))
-    with pytest.raises(LinkEnded, match="cancelled half-way") as raised:
+    with pytest.raises(LinkEnded, match="cut short") as raised:
         await side.link.send(FRAME)
     assert raised.value.reason == "cut"
     await side.link.aclose(Close("bye"))

@@ -203,8 +203,8 @@ class Link:
         if isinstance(self._stream, trio.abc.HalfCloseableStream):
             await self._stream.send_eof()
             # Closing with unread bytes would reset the connection, and the peer might never see our last words.
-            while await self._read_some():
-                pass
+            while await self._port.read():
+                await self._port.take_turn()
 
     async def _next_event(self) -> Packets | Hello:
         """Return the next event that is not the link's own business."""
@@ -258,7 +258,11 @@ class Link:
             raise LinkEnded("closed", "the link was closed here")
         self._waiting_since = trio.current_time()
         try:
-            data = await self._read_some()
+            await self._port.take_turn()
+            # From here on to where it waits nothing else runs, so it never meets the reading of `aclose`.
+            if self._is_closed:
+                raise LinkEnded("closed", "the link was closed here")
+            data = await self._port.read()
         except trio.ClosedResourceError as error:
             raise LinkEnded("closed", "the link was closed here") from error
         except (trio.BrokenResourceError, OSError) as error:
@@ -279,10 +283,6 @@ class Link:
             raise LinkEnded("eof", "the peer ended its side of the connection")
         return data
 
-    async def _read_some(self) -> bytes:
-        await self._port.take_turn()
-        return await self._port.read()
-
     async def _send(self, encoded: Buffer, stall_limit_s: float = math.inf) -> None:
         # trio's lock visits the scheduler even when it is free, which costs four times what the sending does.
         try:
@@ -297,7 +297,7 @@ class Link:
     async def _write(self, encoded: Buffer, stall_limit_s: float) -> None:
         # A send that was cut short leaves half a frame behind, which more bytes would only complete with rubbish.
         if self._is_mid_frame:
-            raise LinkEnded("cut", "a send was cancelled half-way")
+            raise LinkEnded("cut", "an earlier send was cut short")
         await self._port.take_turn()
         self._is_mid_frame = True
         try:
