@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from ipaddress import IPv4Interface
 from typing import Literal
@@ -13,7 +15,7 @@ import trio
 from enlink.frame import Error, Hello, Keepalive, Role, encode_control, encode_packets
 from enlink.testing.hosts import Host
 from enlink.testing.peers import Peer, connect, ip_packet, ip_packets
-from enlink.testing.programs import Program, in_trio, started, until
+from enlink.testing.programs import FAR_BEYOND_S, Program, in_trio, started, until
 
 ALICE, BOB, FAR = "192.168.0.1", "192.168.0.2", "192.168.0.254"
 REQUEST, REPLY = ip_packet(ALICE, FAR, b"request"), ip_packet(FAR, ALICE, b"reply")
@@ -59,14 +61,16 @@ async def until_quiet(gateway: Program) -> None:
     await until(lambda: {leg["connections"] for leg in gateway.status()["legs"].values()} == {1})
 
 
-async def attack(host: Host, leg: Leg, data: bytes) -> None:
-    """Connect, send, end our side, and wait for the gateway to end its own."""
-    async with await connect(host, PORTS[leg]) as stranger:
-        with suppress(trio.BrokenResourceError):
-            await stranger.stream.send_all(data)
-            await stranger.stream.send_eof()
-            while await stranger.stream.receive_some():
-                pass
+def attack(host: Host, sessions: Iterable[tuple[Leg, bytes]]) -> None:
+    """For each session connect, send, end our side, and wait for the gateway to end its own. For a thread."""
+    with host.entered():
+        for leg, data in sessions:
+            where = ("127.0.0.1", PORTS[leg])
+            with socket.create_connection(where, timeout=FAR_BEYOND_S) as stranger, suppress(ConnectionError):
+                stranger.sendall(data)
+                stranger.shutdown(socket.SHUT_WR)
+                while stranger.recv(4096):
+                    pass
 
 
 @pytest.mark.proves("D11", "D22", "F34", "F35", "F37", "F38", "F40", "G18")
@@ -76,6 +80,7 @@ async def test_ten_thousand_hostile_sessions_leave_a_good_transfer_and_the_memor
 ) -> None:
     sessions = [*FAULTS, *((SESSION[:end], "busy" if end >= 27 else "truncated") for end in range(1, len(SESSION)))]
     rounds = 10_000 // len(sessions) + 1
+    legs: tuple[Leg, Leg] = ("enta", "entg")
     expected = Counter({reason: 0 for _, reason in sessions})
     for _, reason in sessions:
         expected[reason] += rounds
@@ -95,16 +100,12 @@ async def test_ten_thousand_hostile_sessions_leave_a_good_transfer_and_the_memor
                 await peer.say(Keepalive())
                 await trio.sleep(0.1)
 
-        async def attacks(turn: int) -> None:
-            leg: Leg = "enta" if turn % 2 else "entg"
-            for number in range(turn, rounds * len(sessions), 8):
-                await attack(host, leg, sessions[number % len(sessions)][0])
-
         async with trio.open_nursery() as nursery:
             nursery.start_soon(transfer)
             async with trio.open_nursery() as attackers:
-                for turn in range(8):
-                    attackers.start_soon(attacks, turn)
+                for turn in range(4):
+                    mine = [(legs[number % 2], data) for number, (data, _) in enumerate(sessions * rounds)][turn::4]
+                    attackers.start_soon(trio.to_thread.run_sync, attack, host, mine)
             nursery.cancel_scope.cancel()
         await until_quiet(gateway)
         counters = gateway.status()["counters"]
