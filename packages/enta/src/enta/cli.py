@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from ipaddress import AddressValueError, IPv4Address, IPv4Interface, NetmaskValueError
 from pathlib import Path
@@ -116,24 +117,26 @@ def _add_agent_options(parser: ProgramParser, role: Role) -> None:
 def _add_plan_options(parser: ProgramParser, role: Role | str) -> None:
     """Add the options that say what happens to this host; ``doctor`` takes those of both roles."""
     ports = parser.add_argument_group("ports")
-    if role != "server":
-        ports.add_argument(
-            "--capture",
-            metavar="[PROTO/][CIDR:]PORT[:TRANSIT]",
-            action="append",
-            default=[],
-            help="capture this port (tcp unless udp/ is said) of every address, or of those in CIDR; may be repeated."
-            " TRANSIT is the port inside the tunnel: 6978 for the first, and so on",
-        )
-    if role != "client":
-        ports.add_argument(
-            "--replay",
-            metavar="[PROTO/]PORT[:TRANSIT]",
-            action="append",
-            default=[],
-            help="hand what arrives for TRANSIT (6978 for the first, and so on) to the server on this port;"
-            " may be repeated",
-        )
+    # Each role takes the other's option as well, only to say what is meant for it.
+    ports.add_argument(
+        "--capture",
+        metavar="[PROTO/][CIDR:]PORT[:TRANSIT]",
+        action="append",
+        default=[],
+        help="capture this port (tcp unless udp/ is said) of every address, or of those in CIDR; may be repeated."
+        " TRANSIT is the port inside the tunnel: 6978 for the first, and so on"
+        if role != "server"
+        else argparse.SUPPRESS,
+    )
+    ports.add_argument(
+        "--replay",
+        metavar="[PROTO/]PORT[:TRANSIT]",
+        action="append",
+        default=[],
+        help="hand what arrives for TRANSIT (6978 for the first, and so on) to the server on this port; may be repeated"
+        if role != "client"
+        else argparse.SUPPRESS,
+    )
     link = parser.add_argument_group("gateway")
     link.add_argument(
         "--entg-connect",
@@ -213,8 +216,8 @@ def _plan(options: argparse.Namespace, role: Role) -> Plan:
         role=role,
         address=address,
         peer=peer,
-        captures=parse_captures(options.capture) if role == "client" else (),
-        replays=parse_replays(options.replay) if role == "server" else (),
+        captures=parse_captures(options.capture),
+        replays=parse_replays(options.replay),
         instance=options.instance,
         tun_name=options.tun_name,
         mtu=options.mtu,
@@ -231,12 +234,12 @@ async def _agent(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--{option}: RATS-TLS links are not built yet, and there is no fallback to plain ones: leave it out"
         )
-    if not (options.capture if options.role == "client" else options.replay):
+    plan = _plan(options, options.role)
+    if not plan.captures and not plan.replays:
         option = "--capture" if options.role == "client" else "--replay"
         raise UsageError(
             f"no port to {option[2:]}: give at least one, as in {option} 7; see enta {options.role} --help"
         )
-    plan = _plan(options, options.role)
     config = AgentConfig(plan, options.entg_connect, options.wire, options.firewall, is_once=options.once)
     if options.dry_run:
         sys.stdout.write(_dry_run(config))
@@ -244,16 +247,16 @@ async def _agent(options: argparse.Namespace) -> None:
     facts = {"tun_name": plan.tun_name, "table": plan.table, "mark": plan.mark, "firewall": config.firewall}
     path = Path(options.status_socket) if options.status_socket else None
     async with stop_signals() as stopping:
-        with InstanceLock("enta", plan.instance, status_path=path, facts=facts) as lock:
-            firewall = _firewall(config)
-            try:
-                agent = Agent(config, firewall, is_held_closed=plan.instance in leftover_instances())
-                async with trio.open_nursery() as nursery:
-                    await nursery.start(serve_status, lock.status_path, agent.snapshot)
-                    await agent.run(stopping)
-                    nursery.cancel_scope.cancel()
-            finally:
-                firewall.close()
+        # The firewall comes first: who lacks the privilege hears of that, not of where a lock would have to be.
+        with (
+            closing(_firewall(config)) as firewall,
+            InstanceLock("enta", plan.instance, status_path=path, facts=facts) as lock,
+        ):
+            agent = Agent(config, firewall, is_held_closed=plan.instance in leftover_instances())
+            async with trio.open_nursery() as nursery:
+                await nursery.start(serve_status, lock.status_path, agent.snapshot)
+                await agent.run(stopping)
+                nursery.cancel_scope.cancel()
 
 
 def _firewall(config: AgentConfig) -> Firewall:
