@@ -77,6 +77,12 @@ class Connection:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
+    def reset(self) -> None:
+        """End the connection as a host does that has forgotten it."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        # Nothing of this is seen outside, but it wakes who listens, and closes.
+        self._socket.shutdown(socket.SHUT_RD)
+
     def listen(self, greeting: bytes | None, pass_on: AgentSide | None) -> None:
         """Hear the agent out, to its end; pass on all that it says or, if there is a greeting, its packets."""
         with self._socket:
