@@ -192,7 +192,6 @@ def test_an_agent_that_was_stopped_for_longer_than_its_gateway_waits_goes_on(pat
 # ---- once
 
 
-@pytest.mark.proves("F26")
 def test_once_it_ends_when_there_is_no_gateway(path: Path) -> None:
     code, lines = _end_of(path, *CLIENT, "--entg-connect", f"{GATEWAY_OF_APP}:1", "--once")
     assert (code, len(lines)) == (69, 1)
