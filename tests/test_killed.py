@@ -156,7 +156,7 @@ def test_exactly_the_tagged_rules_the_unreachable_route_and_the_guard_stay(crash
 
 
 # 100 kills in all, with those of the next test.
-@pytest.mark.proves("F04", "G5", "G8", "D16", "D29")
+@pytest.mark.proves("F04", "G5", "G7", "G8", "D16", "D29")
 @pytest.mark.parametrize(("moment", "kills"), [("starting", 50), ("running", 25)])
 def test_killed_at_random_moments_it_leaves_no_more_and_nothing_captured_leaves(
     path: Path, wire: Wire, crash: Crash, moment: str, kills: int
