@@ -166,7 +166,7 @@ async def test_a_silent_connection_is_nobody_for_300_ms_and_then_gets_packets_pr
         assert legs.count("to_enta_dropped", "no_link") == 1
         assert legs.enta.snapshot()["state"] == "waiting"
         await trio.sleep(0.02)
-        assert (legs.enta.snapshot()["state"], legs.enta.snapshot()["connected"]) == ("silent", False)
+        assert (legs.enta.snapshot()["state"], legs.enta.snapshot()["connected"]) == ("provisional", False)
         await gateway.send(REPLY)
         assert await agent.hear_packets(1) == [REPLY]
 
@@ -473,6 +473,17 @@ async def test_a_flood_of_new_connections_ends_the_oldest_that_has_not_spoken_be
 
 
 @jumping
+async def test_a_flood_of_new_connections_does_not_end_the_silent_one_that_holds_the_place() -> None:
+    async with rig() as legs:
+        holder = await legs.silent("enta")
+        flood = [await legs.arrived("enta") for _ in range(CONNECTION_LIMIT)]
+        assert await flood[0].hear() is None
+        gateway = await legs.greeted("entg", GATEWAY)
+        await gateway.send(REPLY)
+        assert await holder.hear_packets(1) == [REPLY]
+
+
+@jumping
 async def test_when_nobody_can_make_room_a_newcomer_is_refused() -> None:
     async with rig() as legs:
         gateway = legs.connect("entg", is_lockstep=True)
@@ -714,6 +725,25 @@ async def test_strangers_cannot_fill_the_log(caplog: pytest.LogCaptureFixture) -
         key = (record.message, str(record.__dict__["fields"].get("reason")))
         by_reason[key] = by_reason.get(key, 0) + 1
     assert set(by_reason.values()) == {1}, by_reason
+
+
+@pytest.mark.proves("D24")
+@jumping
+async def test_dropping_is_logged_once_an_outage(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with rig() as legs:
+        agent = await legs.greeted("enta", AGENT)
+        for outage in range(1, 4):
+            for _ in range(100):
+                await trio.sleep(0.05)
+                await agent.send(REQUEST)
+            await wait_all_tasks_blocked()
+            assert events(caplog, "dropping") == [{"leg": "entg", "reason": "no_link"}] * outage
+            gateway = await legs.greeted("entg", GATEWAY)
+            await gateway.say(Close())
+            await gateway.stream.aclose()
+            await until(lambda: not legs.entg.snapshot()["connected"])
+        assert legs.count("to_entg_dropped", "no_link") == 300
 
 
 @jumping

@@ -40,8 +40,8 @@ class Connection:
         self.since_s = self.last_sent_s = trio.current_time()
         self.has_finished_reading = trio.Event()
         self.has_ended = trio.Event()
-        self.reason, self.text = "stopped", "this gateway is stopping"
-        self.farewell: Close | Error = Close("the gateway is stopping")
+        self.reason, self.text = "stopped", "the gateway is stopping"
+        self.farewell: Close | Error = Close(self.text)
         self._stream = stream
         self._is_stopping = False
         self._waiting = trio.CancelScope()

@@ -60,6 +60,7 @@ class Leg:
         self._sent_dropped = counters.group(f"to_{name}_dropped")
         self._ended = counters.group(f"{name}_ended")
         self._limited = RateLimitedLog(_logger, trio.current_time)
+        self._told_drops: set[str] = set()  # since the place changed hands
         self._leaving = 0
 
     def snapshot(self) -> Mapping[str, object]:
@@ -68,7 +69,7 @@ class Leg:
         if holder is None:
             state = "waiting"
         elif holder.identity is None:
-            state = "silent"
+            state = "provisional"
         else:
             state = "connected" if holder is self._place.speaker else "half_closed"
         return {
@@ -139,8 +140,10 @@ class Leg:
 
     def _make_room(self) -> bool:
         """End the last connection in line, or else the first that has yet to say a word. Returns if there was one."""
-        leaving = self._place.last_in_line or next((c for c in self._connections if not c.identity), None)
-        if leaving is None or leaving is self._place.holder:
+        holder = self._place.holder
+        wordless = (connection for connection in self._connections if not connection.identity)
+        leaving = self._place.last_in_line or next((other for other in wordless if other is not holder), None)
+        if leaving is None:
             return False
         self._forget(leaving)
         leaving.end("too_many", "there are too many connections", Error("there are too many connections"))
@@ -191,19 +194,20 @@ class Leg:
     async def _introduce(self, connection: Connection, *, is_dialler: bool) -> Identity | None:
         """Find out who this is; None if it is to end before it has said so. It stands in line meanwhile."""
         link = connection.link
-        first: Hello | Packets | None = None
         if self._wire == "original":
             # An original gateway says nothing either, until an agent behind it has something to say.
             link.skip_greeting()
+            first = None
         elif is_dialler:
-            first = await connection.unless_stopped(link.greet)
+            hello = await connection.unless_stopped(link.greet)
+            return self._identify(hello) if hello else None
         else:
             first = await connection.unless_stopped(link.hear_first_word, PROVISIONAL_AFTER_S)
         while first is None or (identity := self._identify(first)) is None:
             if first is not None:
                 self._received_dropped["link_local"] += (await link.receive()).count
             self._place.stand_in_line(connection)
-            self._log("silent", "first_word", connection)
+            self._log("provisional", "silent" if first is None else "link_local", connection)
             first = await connection.unless_stopped(link.hear_first_word)
             if first is None:
                 return None
@@ -266,6 +270,7 @@ class Leg:
     def _vacate(self, connection: Connection) -> None:
         if connection is self._place.holder:
             self._changed_s = trio.current_time()
+            self._told_drops.clear()
         self._place.leave(connection)
 
     def _forget(self, connection: Connection) -> None:
@@ -275,7 +280,9 @@ class Leg:
 
     def _drop(self, reason: str, packets: Packets) -> None:
         self._sent_dropped[reason] += packets.count
-        self._limited.log("dropping", reason, leg=self.name)
+        if reason not in self._told_drops:
+            self._told_drops.add(reason)
+            self._limited.log("dropping", reason, leg=self.name)
 
     def _note_trouble(self, reason: str, text: str) -> None:
         """Log why there is no connection when the reason has changed, which is not at every attempt."""
