@@ -1,4 +1,4 @@
-"""How a connection is ended in good order: what has arrived is still received, and no more than a second of the rest."""
+"""How a connection is ended in good order: what has arrived is received, and no more than a second of the rest."""
 
 from __future__ import annotations
 
