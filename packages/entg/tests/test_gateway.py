@@ -122,10 +122,10 @@ async def test_with_wire_original_a_gateway_that_dials_and_one_that_listens_say_
         ) as dials,
     ):
         listens.wait_until_ready()
-        await until(lambda: listens.status()["legs"]["entg"]["state"] == "provisional")
-        await until(lambda: dials.status()["legs"]["entg"]["state"] == "provisional")
+        await until(lambda: listens.status()["legs"]["entg"]["state"] == "silent")
+        await until(lambda: dials.status()["legs"]["entg"]["state"] == "silent")
         async with await connect(host, 7980) as agent, await connect(host, 6980) as server:
-            await until(lambda: listens.status()["legs"]["enta"]["state"] == "provisional")
+            await until(lambda: listens.status()["legs"]["enta"]["state"] == "silent")
             await exchange(agent, server, first=([], []))
 
 

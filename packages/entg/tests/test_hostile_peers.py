@@ -178,7 +178,7 @@ async def test_a_peer_that_takes_nothing_holds_up_its_own_leg_for_ten_seconds_an
 async def test_a_silent_connection_that_takes_nothing_is_let_go_after_a_second(gateway: Program, host: Host) -> None:
     packets = ip_packets(FAR, ALICE, size_bytes=60 * MIB, payload_bytes=(60_000, 65_000))
     async with await admitted(host, "entg") as peer, await connect(host, PORTS["enta"]):
-        await until(lambda: gateway.status()["legs"]["enta"]["state"] == "provisional")
+        await until(lambda: gateway.status()["legs"]["enta"]["state"] == "silent")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(peer.send, *packets)
             began_s = time.monotonic()

@@ -166,7 +166,7 @@ async def test_a_silent_connection_is_nobody_for_300_ms_and_then_gets_packets_pr
         assert legs.count("to_enta_dropped", "no_link") == 1
         assert legs.enta.snapshot()["state"] == "waiting"
         await trio.sleep(0.02)
-        assert (legs.enta.snapshot()["state"], legs.enta.snapshot()["connected"]) == ("provisional", False)
+        assert (legs.enta.snapshot()["state"], legs.enta.snapshot()["connected"]) == ("silent", False)
         await gateway.send(REPLY)
         assert await agent.hear_packets(1) == [REPLY]
 

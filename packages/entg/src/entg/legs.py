@@ -69,7 +69,7 @@ class Leg:
         if holder is None:
             state = "waiting"
         elif holder.identity is None:
-            state = "provisional"
+            state = "silent"
         else:
             state = "connected" if holder is self._place.speaker else "half_closed"
         return {
