@@ -282,12 +282,14 @@ def test_after_a_crash_a_start_that_fails_opens_nothing(
     path.start("app")
     path.programs["app"].kill()
     host.run(*obstacle.split())
-    assert _end_of(path, *CLIENT, *GATEWAY, *options)[0] == code
-    assert "eng_default_guard" in host.run("nft", "list", "tables")
-    host.run("ip", "link", "delete", "eng0", check=False)
-    host.run("ip", "address", "delete", "192.168.0.7/32", "dev", "lo", check=False)
-    path.start("app")
-    assert path.programs["app"].stop() == 0
+    try:
+        assert _end_of(path, *CLIENT, *GATEWAY, *options)[0] == code
+        assert "eng_default_guard" in host.run("nft", "list", "tables")
+    finally:
+        host.run("ip", "link", "delete", "eng0", check=False)
+        host.run("ip", "address", "delete", "192.168.0.7/32", "dev", "lo", check=False)
+        path.start("app")
+        assert path.programs["app"].stop() == 0
 
 
 # ---- cleaned up
