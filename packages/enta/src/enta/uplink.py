@@ -13,7 +13,7 @@ from typing import Final, NoReturn
 import trio
 from enlink.errors import leaves
 from enlink.frame import Close, Hello, Packets, Wire, encode_packets
-from enlink.link import Link, LinkEnded, describe
+from enlink.link import Link, LinkEnded, PeerFault, describe
 from enlink.program import log_event
 from enlink.status import Counters
 from enlink.stream import Dialer, LinkUnavailable
@@ -88,6 +88,7 @@ class Uplink:
         self._is_once = is_once
         self._queue = PacketQueue()
         self._link: Link | None = None
+        self._is_told_down = False
         self.has_been_up = trio.Event()
         self._changed_s = trio.current_time()
         self._last_error: str | None = None
@@ -123,7 +124,7 @@ class Uplink:
             LinkUnavailable, LinkEnded: once only, and it could not be reached, or is gone.
             NotPermitted: the link cannot be marked.
         """
-        backoff, was_told = Backoff(), False
+        backoff = Backoff()
         while True:
             began_s = trio.current_time()
             try:
@@ -131,15 +132,12 @@ class Uplink:
             except* (LinkUnavailable, LinkEnded) as group:
                 error = next(leaves(group))
             self._last_error = str(error)
-            if self._link is not None:
-                was_told = False
-                self._set_link(None)
             self._counters.add("uplink_ended", error.reason if isinstance(error, LinkEnded) else "unreachable")
             if self._is_once:
                 raise error
-            if not was_told:
+            if not self._is_told_down:
                 log_event(_logger, "uplink_down", logging.WARNING, error=error)
-                was_told = True
+                self._is_told_down = True
             if trio.current_time() - began_s >= _PROVED_GOOD_S:
                 backoff.reset()
             await trio.sleep(backoff.next_delay_s())
@@ -156,6 +154,7 @@ class Uplink:
                     await link.greet()
                 farewell = Close("the agent is stopping")
                 self._set_link(link)
+                self._is_told_down = False
                 log_event(_logger, "uplink_up", gateway=self._dialer.endpoint, peer=describe(link.peer))
                 self._counters.add("uplinks", "made")
                 self.has_been_up.set()
@@ -167,7 +166,15 @@ class Uplink:
                     # Small packets cost more than the reading of them, after which the link gives others their turn.
                     if packets.count >= LONG_RUN:
                         await trio.lowlevel.checkpoint()
+        except* LinkEnded as ended:
+            # Nobody hears farewells on a link that is gone; and to who broke the protocol, it was not we who stopped.
+            fault = next((error for error in leaves(ended) if isinstance(error, PeerFault)), None)
+            farewell = Close(str(fault)) if fault and farewell else None
+            raise
         finally:
+            # First, so that what is sent during the farewell waits for the next link.
+            if self._link is not None:
+                self._set_link(None)
             await link.aclose(farewell)
 
     async def _transmit(self, link: Link, packets: list[bytes]) -> None:
