@@ -6,9 +6,11 @@ that it helps to judge.
 
 from __future__ import annotations
 
+import random
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
@@ -83,15 +85,15 @@ class Connection:
         # Nothing of this is seen outside, but it wakes who listens, and closes.
         self._socket.shutdown(socket.SHUT_RD)
 
-    def listen(self, greeting: bytes | None, pass_on: AgentSide | None) -> None:
+    def listen(self, greeting: bytes | None, pass_on: Callable[[bytes], None]) -> None:
         """Hear the agent out, to its end; pass on all that it says or, if there is a greeting, its packets."""
         with self._socket:
             with suppress(OSError):
                 while data := self._socket.recv(_READ_BYTES):
                     self.heard += data
                     onward = data if greeting is None else self._packets(data, greeting)
-                    if pass_on is not None and onward:
-                        pass_on.pass_on(onward)
+                    if onward:
+                        pass_on(onward)
             self.has_ended = True
 
     def _packets(self, data: bytes, greeting: bytes) -> bytes:
@@ -113,13 +115,15 @@ class AgentSide:
 
     Attributes:
         connections: all that were made, oldest first.
-        other: where what the agent says is passed on to.
+        other: where what the agent says is passed on to...
+        delay_s: ...after a time between these bounds.
     """
 
     def __init__(self, host: Host, *, greeting: bytes | None = None) -> None:
         self.greeting = greeting
         self.connections: list[Connection] = []
         self.other: AgentSide | None = None
+        self.delay_s = (0.0, 0.0)
         self._host = host
         self._listener: socket.socket | None = None
         self._threads: list[threading.Thread] = []
@@ -169,7 +173,12 @@ class AgentSide:
                 accepted, _ = listener.accept()
                 accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self.connections.append(Connection(accepted))
-                self._start(self.connections[-1].listen, self.greeting, self.other)
+                self._start(self.connections[-1].listen, self.greeting, self._pass_on)
+
+    def _pass_on(self, data: bytes) -> None:
+        time.sleep(random.uniform(*self.delay_s))  # noqa: S311  # nothing secret
+        if self.other is not None:
+            self.other.pass_on(data)
 
     def _start(self, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, daemon=True)
