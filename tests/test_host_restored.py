@@ -144,10 +144,19 @@ def test_told_to_stop_while_its_gateway_is_no_help_it_leaves_nothing(
     port = silent.getsockname()[1]
     where = {"refuses": f"{GATEWAY_OF_APP}:1", "is nowhere": "10.81.1.77:6980", "is silent": f"{GATEWAY_OF_APP}:{port}"}
     near = path.programs["near"]
-    with silent, path.running("app", *CLIENT, "--entg-connect", where.get(gateway, GATEWAY[1]), ready=None) as agent:
+    with host.entered():
+        program = socket.socket()
+    with (
+        silent,
+        program,
+        path.running("app", *CLIENT, "--entg-connect", where.get(gateway, GATEWAY[1]), ready=None) as agent,
+    ):
         if gateway == "takes nothing":
             agent.wait_for("ready")
+            program.connect(("1.1.1.1", 7))
+            program.setblocking(False)
             near.process.send_signal(signal.SIGSTOP)
+            assert _poll(lambda: not _is_sent(program), 40), "a link takes everything"
         try:
             assert _poll(lambda: "eng_default_guard" in host.run("nft", "list", "tables"))
             agent.process.send_signal(signal.SIGTERM)
