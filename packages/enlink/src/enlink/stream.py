@@ -13,7 +13,7 @@ from typing import Any, Final, NoReturn, TypeAlias
 import trio
 
 from enlink.endpoint import Tcp
-from enlink.errors import EngError, NotPermitted, Unavailable
+from enlink.errors import NotPermitted, Unavailable
 from enlink.program import RateLimitedLog
 
 # Linux numbers that Python's socket module lacks.
@@ -95,11 +95,8 @@ class Dialer:
             nursery.start_soon(self._refresh)
             try:
                 stream = await self._connect_any()
-            except LinkUnavailable as error:
-                failure: EngError = error
-            except NotPermitted as error:
+            except (LinkUnavailable, NotPermitted) as error:
                 failure = error
-                nursery.cancel_scope.cancel()
             else:
                 nursery.cancel_scope.cancel()
                 # Nobody has the stream yet who could close it, should the caller be cancelled at this moment.
