@@ -609,6 +609,20 @@ async def test_a_tcp_reset_inside_a_frame_gives_no_part_of_a_packet() -> None:
     assert here.socket.fileno() == -1
 
 
+@pytest.mark.proves("F18")
+@in_trio
+async def test_a_reset_that_a_sender_met_first_is_no_end_to_who_receives() -> None:
+    """The kernel tells it once, whoever asks first."""
+    peer, here = await tcp_stream_pair()
+    side = Side(here)
+    reset(peer)
+    with pytest.raises(LinkEnded, match="Connection reset by peer"):
+        await side.link.send(FRAME)
+    ended = await end_of(side.link)
+    assert (ended.reason, str(ended)) == ("reset", "the connection broke: [Errno 104] Connection reset by peer")
+    await side.link.aclose()
+
+
 @in_trio
 async def test_a_broken_connection_is_closed_without_a_word() -> None:
     peer, here = await tcp_stream_pair()

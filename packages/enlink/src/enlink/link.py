@@ -92,6 +92,8 @@ class Link:
         self._sending = trio.Lock()
         self._is_closed = False
         self._is_mid_frame = False
+        # Why a send failed. The kernel tells that once, and who reads sees no more than an end.
+        self._broke: str | None = None
         self._refilled_at = trio.current_time()
         self._has_said_hello = False
         self._last_sent = self._last_received = trio.current_time()
@@ -276,6 +278,8 @@ class Link:
             self._refilled_at = now
             self._decoder.refill()
         if not data:
+            if self._broke is not None:
+                raise LinkEnded("reset", self._broke)
             if self._has_said_hello and self.peer is None:
                 raise LinkEnded("truncated", f"the peer hung up on our HELLO{_ORIGINAL_HINT}")
             if self._has_said_hello or not self.is_between_frames:
@@ -307,7 +311,8 @@ class Link:
         except trio.ClosedResourceError as error:
             raise LinkEnded("closed", "the link was closed here") from error
         except (trio.BrokenResourceError, OSError) as error:
-            raise LinkEnded("reset", f"the connection broke: {error.__cause__ or error}") from error
+            self._broke = f"the connection broke: {error.__cause__ or error}"
+            raise LinkEnded("reset", self._broke) from error
         self._is_mid_frame = False
         self._last_sent = trio.current_time()
 
