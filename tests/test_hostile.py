@@ -318,8 +318,8 @@ class Rig:
     def counted(self, role: Role, group: str) -> Counter[str]:
         return Counter(self.agents[role].status()["counters"].get(group, {}))
 
-    def wait_for_end(self, role: Role, reason: str, before: Counter[str]) -> None:
-        """Wait until one more link has ended, for that reason and no other."""
+    def wait_for_end(self, role: Role, link: Connection, reason: str, before: Counter[str]) -> None:
+        """Wait until the link has ended, for that reason and no other."""
         count = Counter[str]()
 
         def has_ended() -> bool:
@@ -327,6 +327,7 @@ class Rig:
             return bool(count)
 
         self.agents[role].wait_until(has_ended, reason)
+        self.agents[role].wait_until(lambda: link.has_ended, "hung up")
         assert count == {reason: 1}
 
 
@@ -507,7 +508,7 @@ def test_bytes_that_end_a_link_end_nothing_else_and_are_counted(rig: Rig, role: 
         link, before = rig.link(role), rig.counted(role, "uplink_ended")
         with suppress(OSError):  # it may have hung up before it has heard everything
             link.say(words)
-        rig.wait_for_end(role, reason, before)
+        rig.wait_for_end(role, link, reason, before)
     rig.deliver_good(role, "good")
 
 
@@ -520,11 +521,11 @@ def test_a_link_cut_anywhere_in_a_frame_is_truncated_and_delivers_nothing(rig: R
         link, before = rig.link(role), rig.counted(role, "uplink_ended")
         link.say(frame[:cut])
         link.hang_up()
-        rig.wait_for_end(role, "truncated", before)
+        rig.wait_for_end(role, link, "truncated", before)
     link, before = rig.link(role), rig.counted(role, "uplink_ended")
     link.say(frame[:30])
     link.reset()
-    rig.wait_for_end(role, "reset", before)
+    rig.wait_for_end(role, link, "reset", before)
     rig.deliver_good(role, "good")
     assert rig.ears[role].heard() == {"good"}
 

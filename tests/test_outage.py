@@ -150,7 +150,7 @@ def test_a_gateway_that_stops_without_a_word_is_noticed_and_found_again_at_once(
 def test_a_wire_that_is_cut_without_a_word_is_noticed_and_used_again_when_it_is_mended(path: Path) -> None:
     """Nothing arrives any more, and nothing says so; attempts time out, too."""
     with Transfer(path.hosts["app"]) as transfer:
-        with losing(path.hosts["near"], f"ip daddr {GATEWAY_OF_APP}"):
+        with losing(path.hosts["near"], "iifname wire1b"), losing(path.hosts["app"], "iifname wire1a"):
             noticed_s = until(lambda: losses(path) == 1, "noticed")
         back_s = until(lambda: links(path) == 2, "back")
         transfer.goes_on()
