@@ -14,13 +14,13 @@ from contextlib import closing
 import pytest
 from enlink.testing.hosts import Host, Network
 from enlink.testing.probe import Wire, send
+from enlink.testing.programs import as_nobody
 from enlink.testing.state import difference, network_state
 from enta.capture.libnftables import Nft
 from enta.cli import main
 from path import BIN, GATEWAY_OF_APP, PLACES, Path, Place
 
 ENTA = str(BIN / "enta")
-NOBODY = "65534"
 CLIENT = ("client", "--capture", "7")
 
 
@@ -159,7 +159,7 @@ def test_the_program_ends_with_the_code_that_its_main_returns(host: Host) -> Non
     "without",
     [
         ("setpriv", "--bounding-set=-all", "--inh-caps=-all"),
-        ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+        as_nobody(),
     ],
     ids=["root without capabilities", "an ordinary user"],
 )
@@ -203,7 +203,7 @@ def test_a_dry_run_changes_nothing_and_needs_nothing(host: Host, command: Sequen
     argv = (ENTA, *command, "--firewall", firewall, "--dry-run")
     printed = _run(host, *argv)
     assert printed[0::2] == (0, [])
-    assert _run(host, "setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *argv) == printed
+    assert _run(host, *as_nobody(), *argv) == printed
     assert network_state(host) == before
 
 
