@@ -256,8 +256,6 @@ class Link:
             self._has_said_hello = True
 
     async def _read(self) -> bytes:
-        if self._is_closed:
-            raise LinkEnded("closed", "the link was closed here")
         self._waiting_since = trio.current_time()
         try:
             await self._port.take_turn()
