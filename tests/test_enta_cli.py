@@ -276,7 +276,7 @@ def test_another_address_name_table_and_mark_work_as_well_as_the_defaults() -> N
         assert re.search(r"^tunnel\.7 +inet 10\.200\.7\.9/28 ", state, re.MULTILINE)
         assert "fwmark 0x77 lookup main" in state
         assert "lookup 77" in state
-        assert not re.search(r"eng0|6978 proto|lookup 6978|0x6978|0x00006978|192\.168\.0", state)
+        assert not re.search(r"\beng0\b|6978 proto|lookup 6978|0x6978|0x00006978|192\.168\.0", state)
 
 
 @pytest.mark.proves("G8")

@@ -77,7 +77,7 @@ class Network:
     """
 
     def __init__(self) -> None:
-        self._prefix = f"eng{secrets.token_hex(3)}"
+        self._prefix = f"engh{secrets.token_hex(3)}"  # no device and no table of an agent begins so
         self._cleanup = ExitStack()
         self._wires = 0
 
