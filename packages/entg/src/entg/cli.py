@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import trio
+from enlink.duration import parse_duration_s
 from enlink.endpoint import Tcp, parse_dial, parse_listen
 from enlink.errors import ConfigError, Unavailable, UsageError
 from enlink.program import ProgramParser, run_program
@@ -15,7 +16,7 @@ from enlink.status import InstanceLock, fetch_status, live_instances, render_sta
 from enlink.supervise import Stopping, stop_signals
 
 from entg import __version__
-from entg.config import DEFAULT_ENTA_PORT, DEFAULT_ENTG_PORT, GatewayConfig, parse_duration_s
+from entg.config import DEFAULT_ENTA_PORT, DEFAULT_ENTG_PORT, GatewayConfig
 from entg.gateway import Gateway
 
 _DESCRIPTION = """\
