@@ -1,0 +1,183 @@
+"""The data plane's event loop: calls plain functions when descriptors are ready, without waking a trio task for each.
+
+trio owns everything that waits for people, peers and time. Moving bytes is another matter: a trio task that waits for
+a descriptor costs an ``epoll_ctl``, a round of the scheduler and a step of a coroutine for every wake-up, which is
+more than what a small packet costs otherwise. So while trio has nothing to do, its thread waits here, on an epoll
+instance of our own in which trio's is one descriptor among others: traffic goes from callback to callback, and trio
+gets its turn as soon as a timer, a socket or a thread of its own wants it. All of it is one thread, so that callbacks
+and tasks share state without locks. What moves is the callers' business: see link.py, and the relay.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable
+from contextlib import suppress
+from time import monotonic
+from typing import Final
+
+import outcome
+import trio
+
+# Choices of ours.
+_EVENTS_A_ROUND: Final = 64  # descriptors that get their turn before trio is looked at again
+
+_READABLE: Final = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
+_WRITABLE: Final = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
+
+Callback = Callable[[], object]
+_current: trio.lowlevel.RunVar[Pump] = trio.lowlevel.RunVar("enlink.pump")
+
+
+class Pump(trio.abc.Instrument):
+    """The event loop of one trio run; `current_pump` makes it when it is first asked for.
+
+    Level-triggered: a callback that leaves something behind is called again. Callbacks run in trio's thread while no
+    task does. They must neither block nor raise, and wake tasks only by `wake`; `while_readable` does all that.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._readers: dict[int, Callback] = {}
+        self._writers: dict[int, Callback] = {}
+        self._token = trio.lowlevel.current_trio_token()
+        self._trio_epoll = _descriptor_of_trio()
+        if self._trio_epoll is not None:
+            self._epoll.register(self._trio_epoll, select.EPOLLIN)
+
+    def on_readable(self, descriptor: int, callback: Callback | None) -> None:
+        """Call *callback* whenever *descriptor* can be read, or has ended or failed; None: not any more."""
+        self._set(self._readers, descriptor, callback)
+
+    def on_writable(self, descriptor: int, callback: Callback | None) -> None:
+        """Call *callback* whenever *descriptor* can be written, or has failed; None: not any more."""
+        self._set(self._writers, descriptor, callback)
+
+    def forget(self, descriptor: int) -> None:
+        """Call nobody about *descriptor* any more. Before it is closed: its number may soon be somebody else's."""
+        self.on_readable(descriptor, None)
+        self.on_writable(descriptor, None)
+
+    def wake(self, task: trio.lowlevel.Task, result: outcome.Outcome[object]) -> None:
+        """Let *task* go on from `trio.lowlevel.wait_task_rescheduled` with *result*. For callbacks."""
+        self._token.run_sync_soon(trio.lowlevel.reschedule, task, result)
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Move bytes until trio's turn comes: for *timeout* seconds, or until something of its own is ready."""
+        if not self._readers and not self._writers:
+            return
+        poll, readers, writers, trio_epoll = self._epoll.poll, self._readers, self._writers, self._trio_epoll
+        until = monotonic() + timeout
+        left = timeout
+        while True:
+            events = poll(left, _EVENTS_A_ROUND)
+            is_trios_turn = timeout <= 0
+            for descriptor, flags in events:
+                if descriptor == trio_epoll:
+                    is_trios_turn = True
+                    continue
+                # A callback before this one may have unset either.
+                if flags & _READABLE and (callback := readers.get(descriptor)):
+                    callback()
+                if flags & _WRITABLE and (callback := writers.get(descriptor)):
+                    callback()
+            if is_trios_turn:
+                return
+            left = until - monotonic()
+            if left <= 0:
+                # trio is about to wait for as long as it told us, and that time has passed.
+                self._token.run_sync_soon(_nothing, idempotent=True)
+                return
+
+    async def serve(self) -> None:
+        """Be there until trio's run ends: a system task. Without trio's own epoll, wait for ours as a task does."""
+        try:
+            if self._trio_epoll is not None:
+                trio.lowlevel.add_instrument(self)
+                await trio.sleep_forever()
+            while True:
+                await trio.lowlevel.wait_readable(self._epoll.fileno())
+                self.before_io_wait(0)
+        finally:
+            if self._trio_epoll is not None:
+                trio.lowlevel.remove_instrument(self)
+            self._epoll.close()
+
+    def _set(self, callbacks: dict[int, Callback], descriptor: int, callback: Callback | None) -> None:
+        was_known = descriptor in self._readers or descriptor in self._writers
+        if callback is None:
+            callbacks.pop(descriptor, None)
+        else:
+            callbacks[descriptor] = callback
+        mask = select.EPOLLIN if descriptor in self._readers else 0
+        mask |= select.EPOLLOUT if descriptor in self._writers else 0
+        if not was_known and mask:
+            self._epoll.register(descriptor, mask)
+        elif was_known and mask:
+            self._epoll.modify(descriptor, mask)
+        elif was_known:
+            # The kernel forgets a descriptor by itself when it is closed.
+            with suppress(OSError):
+                self._epoll.unregister(descriptor)
+
+
+def current_pump() -> Pump:
+    """Return the pump of this trio run."""
+    try:
+        return _current.get()
+    except LookupError:
+        pump = Pump()
+        _current.set(pump)
+        trio.lowlevel.spawn_system_task(pump.serve)
+        return pump
+
+
+async def while_readable(descriptor: int, step: Callable[[], bool]) -> None:
+    """Call *step* each time *descriptor* can be read, until it returns False or raises; what it raises is raised here.
+
+    *step* runs while no task does: it must not block. It should take a bounded amount, and is called again for the
+    rest. Cancellation happens between two steps. `Pump.forget` the descriptor before closing it elsewhere.
+    """
+    pump = current_pump()
+    task = trio.lowlevel.current_task()
+    is_over = False
+
+    def on_readable() -> None:
+        nonlocal is_over
+        try:
+            if step():
+                return
+            result: outcome.Outcome[object] = outcome.Value(None)
+        except BaseException as error:  # noqa: BLE001  # it is raised where it belongs: in the task that waits
+            result = outcome.Error(error)
+        is_over = True
+        pump.on_readable(descriptor, None)
+        pump.wake(task, result)
+
+    def abort(_: object) -> trio.lowlevel.Abort:
+        if is_over:
+            return trio.lowlevel.Abort.FAILED
+        pump.on_readable(descriptor, None)
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    pump.on_readable(descriptor, on_readable)
+    await trio.lowlevel.wait_task_rescheduled(abort)
+
+
+def _descriptor_of_trio() -> int | None:
+    """Find the epoll instance on which trio waits; None where trio has changed and there is none to be found.
+
+    There is no public way to it. With a public one (guest mode) trio waits in a thread of its own, which makes every
+    wake-up of a task dearer. Without it, all works as before and is slower: see `Pump.serve`.
+    """
+    try:
+        from trio._core._run import GLOBAL_RUN_CONTEXT
+
+        descriptor: object = GLOBAL_RUN_CONTEXT.runner.io_manager._epoll.fileno()  # noqa: SLF001
+    except (ImportError, AttributeError):
+        return None
+    return descriptor if isinstance(descriptor, int) else None
+
+
+def _nothing() -> None:
+    """Make trio look at the time."""
