@@ -38,6 +38,12 @@ def soak(session: nox.Session) -> None:
 
 
 @nox.session
+def vsock(session: nox.Session) -> None:
+    """Run the tests that need a real AF_VSOCK in a virtual machine; `./dev vsock --nested` those of an enclave."""
+    session.run("python", "-m", "tests.vsock.cli", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check the code's manners and its layout. `./dev lint --fix` puts right what it can."""
     fix = "--fix" in session.posargs
