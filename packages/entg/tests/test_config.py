@@ -29,10 +29,10 @@ def test_a_gateway_dials_its_peer_or_listens_for_it() -> None:
 )
 def test_two_legs_cannot_share_a_port(enta: str, entg: str) -> None:
     with pytest.raises(ConfigError, match="both want port 7000"):
-        GatewayConfig(parse_listen(enta), parse_listen(entg))
+        GatewayConfig(parse_listen(enta, Tcp), parse_listen(entg, Tcp))
 
 
 @pytest.mark.parametrize(("enta", "entg"), [("7000", "7001"), ("127.0.0.1:7000", "127.0.0.2:7000"), ("0", "0")])
 def test_two_legs_may_have_ports_or_addresses_of_their_own(enta: str, entg: str) -> None:
-    config = GatewayConfig(parse_listen(enta), parse_listen(entg))
-    assert (config.enta_listen, config.entg_listen) == (parse_listen(enta), parse_listen(entg))
+    config = GatewayConfig(parse_listen(enta, Tcp), parse_listen(entg, Tcp))
+    assert (config.enta_listen, config.entg_listen) == (parse_listen(enta, Tcp), parse_listen(entg, Tcp))

@@ -8,11 +8,12 @@ import logging
 import sys
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from ipaddress import AddressValueError, IPv4Address, IPv4Interface, NetmaskValueError
 from pathlib import Path
 
 import trio
-from enlink.endpoint import parse_dial
+from enlink.endpoint import Tcp, parse_dial
 from enlink.errors import ConfigError, EngError, Unavailable, UsageError
 from enlink.program import ProgramParser, log_event, run_program
 from enlink.status import InstanceLock, fetch_status, live_instances, render_status, serve_status
@@ -141,8 +142,8 @@ def _add_plan_options(parser: ProgramParser, role: Role | str) -> None:
     link.add_argument(
         "--entg-connect",
         metavar="HOST:PORT",
-        type=parse_dial,
-        default=parse_dial(DEFAULT_GATEWAY),
+        type=partial(parse_dial, kind=Tcp),
+        default=parse_dial(DEFAULT_GATEWAY, Tcp),
         help=f"where the gateway is (default: {DEFAULT_GATEWAY})",
     )
     own, peer = ("192.168.0.254", "192.168.0.1") if role == "server" else ("192.168.0.1", "192.168.0.254")

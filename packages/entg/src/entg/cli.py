@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -46,17 +47,19 @@ def _parser() -> ProgramParser:
     where.add_argument("--host", action="store_true", help="on an ordinary host (the default)")
     where.add_argument("--occlum", action="store_true", help="in an Occlum enclave (needs RATS-TLS: not built yet)")
     links = parser.add_argument_group("links")
-    links.add_argument("--entg-connect", metavar="HOST:PORT", type=parse_dial, help="dial the peer ENTG there")
+    links.add_argument(
+        "--entg-connect", metavar="HOST:PORT", type=partial(parse_dial, kind=Tcp), help="dial the peer ENTG there"
+    )
     links.add_argument(
         "--entg-listen",
         metavar="[HOST:]PORT",
-        type=parse_listen,
+        type=partial(parse_listen, kind=Tcp),
         help=f"wait for the peer ENTG there (default: {DEFAULT_ENTG_PORT})",
     )
     links.add_argument(
         "--enta-listen",
         metavar="[HOST:]PORT",
-        type=parse_listen,
+        type=partial(parse_listen, kind=Tcp),
         default=Tcp(None, DEFAULT_ENTA_PORT),
         help=f"wait for ENTAs there (default: {DEFAULT_ENTA_PORT}); without HOST on every address",
     )
@@ -102,7 +105,7 @@ def _parser() -> ProgramParser:
 
 
 def _port(text: str) -> int:
-    port = parse_listen(text)
+    port = parse_listen(text, Tcp)
     if port.host is not None:
         raise UsageError(f"{text!r} is more than a port: write it as in {port.port}")
     return port.port
