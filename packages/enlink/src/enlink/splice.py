@@ -1,0 +1,353 @@
+"""Moves bytes between two connected stream sockets of any family, both ways, until both have ended. Dials nobody.
+
+Callbacks of the pump do the work; the task that waits for the end wakes for deadlines only. Small pieces are copied
+through one buffer that all connections share. A direction that fills the buffer is bulk: its bytes go through a pipe
+inside the kernel instead, which it borrows and gives back as soon as it is empty. So an idle connection has neither
+buffer nor pipe, and what one direction may hold back is a buffer or a pipe, never more.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from contextlib import suppress
+from dataclasses import dataclass
+from math import inf
+from time import monotonic
+from types import TracebackType
+from typing import Final, Literal, Self, TypeAlias
+
+import outcome as trio_outcome
+import trio
+
+from enlink.pipes import PIPE_BYTES, Pipe, PipePool
+from enlink.pump import Pump, current_pump
+
+# Choices of ours.
+BUFFER_BYTES: Final = 64 * 1024
+MAX_PIPES: Final = 64  # of 1 MiB: /proc/sys/fs/pipe-user-pages-soft, what a user without privileges may have
+_THIN_BYTES: Final = 16 * 1024  # below it a copy is cheaper than two splices
+
+_SPLICE_FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+_ABORT: Final = struct.pack("ii", 1, 0)  # struct linger: close(2) sends RST and drops what is unsent
+
+Ending: TypeAlias = Literal["eof", "reset", "idle", "lifetime", "half_close_timeout"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When to end a connection that does not end by itself; None: never.
+
+    Attributes:
+        idle_s: nothing has moved in either direction for so long.
+        lifetime_s: so long after its start.
+        half_close_s: one side has finished, and nothing has moved for so long.
+    """
+
+    idle_s: float | None = None
+    lifetime_s: float | None = None
+    half_close_s: float | None = None
+
+
+NO_LIMITS: Final = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a connection ended, and what it carried: bytes that the other side's socket took.
+
+    ``eof`` means that both sides have finished and every byte was passed on. Any other end is passed on as a reset
+    where the family has one, so that nobody takes what arrived for the whole.
+    """
+
+    ending: Ending
+    left_to_right_bytes: int
+    right_to_left_bytes: int
+    spliced_bytes: int
+
+
+class Mover:
+    """What the connections of one trio run share: a buffer and pipes. Use it in a ``with`` block around them all.
+
+    Args:
+        can_splice: False to copy always.
+    """
+
+    def __init__(self, *, can_splice: bool = True) -> None:
+        self.buffer = memoryview(bytearray(BUFFER_BYTES))
+        self.pipes = PipePool(MAX_PIPES if can_splice else 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.pipes.close()
+
+    async def bridge(self, left: socket.socket, right: socket.socket, limits: Limits = NO_LIMITS) -> Outcome:
+        """Pass on what each socket says to the other, until both have finished or a limit is reached.
+
+        Takes over both sockets, which must be connected and non-blocking, and closes them, also when cancelled. An
+        end of one direction is passed on when all its bytes have been; the other goes on. Within a direction no more
+        than `PIPE_BYTES` wait here; then its source is not read.
+        """
+        connection = _Connection(self, left, right)
+        try:
+            return connection.outcome(await connection.run(limits))
+        finally:
+            connection.close()
+
+
+class _Connection:
+    """Two directions, and the task that waits for their end."""
+
+    __slots__ = ("_directions", "_ending", "_is_waiting", "_pump", "_task", "_wakes_on_half_close", "last_moved_s")
+
+    def __init__(self, mover: Mover, left: socket.socket, right: socket.socket) -> None:
+        self._pump = current_pump()
+        self._task = trio.lowlevel.current_task()
+        self._ending: Ending | None = None
+        self._is_waiting = False
+        self._wakes_on_half_close = False
+        self.last_moved_s = monotonic()
+        self._directions = (
+            _Direction(self, mover, self._pump, left, right),
+            _Direction(self, mover, self._pump, right, left),
+        )
+
+    async def run(self, limits: Limits) -> Ending:
+        start_s = self.last_moved_s
+        self._wakes_on_half_close = limits.half_close_s is not None
+        for direction in self._directions:
+            direction.start()
+        while self._ending is None:
+            timeout_s, reason = self._next_deadline(limits, start_s)
+            if timeout_s <= 0:
+                self._ending = reason
+                break
+            self._is_waiting = True
+            with trio.move_on_after(timeout_s):
+                await trio.lowlevel.wait_task_rescheduled(self._stop_waiting)
+        return self._ending
+
+    def close(self) -> None:
+        """Close both sockets: as they are after a whole exchange, with a reset after any other."""
+        for direction in self._directions:
+            direction.stop()
+        for direction in self._directions:
+            direction.close_source(aborts=self._ending != "eof")
+
+    def outcome(self, ending: Ending) -> Outcome:
+        one, other = self._directions
+        return Outcome(ending, one.moved_bytes, other.moved_bytes, one.spliced_bytes + other.spliced_bytes)
+
+    def direction_ended(self) -> None:
+        """Look whether that was all, or a deadline begins."""
+        one, other = self._directions
+        if one.is_over and other.is_over:
+            self.finish("reset" if one.is_broken or other.is_broken else "eof")
+        elif self._wakes_on_half_close:
+            self._wake()
+
+    def direction_stuck(self) -> None:
+        """End a connection of which one direction leads nowhere and the other waits: nobody may ever notice."""
+        one, other = self._directions
+        if (one.is_broken and other.is_held) or (other.is_broken and one.is_held):
+            self.finish("reset")
+
+    def finish(self, ending: Ending) -> None:
+        """End the wait of the task. For callbacks."""
+        self._ending = ending
+        for direction in self._directions:
+            direction.stop()
+        self._wake()
+
+    def _next_deadline(self, limits: Limits, start_s: float) -> tuple[float, Ending]:
+        deadlines: list[tuple[float, Ending]] = [(inf, "idle")]
+        if limits.lifetime_s is not None:
+            deadlines.append((start_s + limits.lifetime_s, "lifetime"))
+        if limits.half_close_s is not None and any(direction.is_over for direction in self._directions):
+            deadlines.append((self.last_moved_s + limits.half_close_s, "half_close_timeout"))
+        if limits.idle_s is not None:
+            deadlines.append((self.last_moved_s + limits.idle_s, "idle"))
+        deadline_s, reason = min(deadlines)
+        return deadline_s - monotonic(), reason
+
+    def _wake(self) -> None:
+        if self._is_waiting:
+            self._is_waiting = False
+            self._pump.wake(self._task, trio_outcome.Value(None))
+
+    def _stop_waiting(self, _: object) -> trio.lowlevel.Abort:
+        if not self._is_waiting:  # a callback has woken the task, which comes to that in a moment
+            return trio.lowlevel.Abort.FAILED
+        self._is_waiting = False
+        return trio.lowlevel.Abort.SUCCEEDED
+
+
+class _Direction:
+    """One way through a connection. It either reads its source, or holds bytes and waits for its sink, or is over."""
+
+    __slots__ = (
+        *("_connection", "_held", "_is_bulk", "_may_splice", "_mover", "_pipe", "_pump"),
+        *("_sink", "_sink_fd", "_source", "_source_fd", "is_broken", "is_over", "moved_bytes", "spliced_bytes"),
+    )
+
+    def __init__(
+        self, connection: _Connection, mover: Mover, pump: Pump, source: socket.socket, sink: socket.socket
+    ) -> None:
+        self._connection, self._mover, self._pump = connection, mover, pump
+        self._source, self._source_fd = source, source.fileno()
+        self._sink, self._sink_fd = sink, sink.fileno()
+        self._held: memoryview | None = None
+        self._pipe: Pipe | None = None
+        self._is_bulk = False
+        self._may_splice = True
+        self.is_over = False
+        self.is_broken = False
+        self.moved_bytes = 0
+        self.spliced_bytes = 0
+
+    @property
+    def is_held(self) -> bool:
+        """Bytes wait here, because the sink takes none."""
+        return self._held is not None or self._pipe is not None
+
+    def start(self) -> None:
+        self._pump.on_readable(self._source_fd, self._on_readable)
+
+    def stop(self) -> None:
+        """Move nothing any more; what is held is lost."""
+        self._pump.on_readable(self._source_fd, None)
+        self._pump.on_writable(self._sink_fd, None)
+        self._held = None
+        if self._pipe is not None:
+            self._mover.pipes.give_back(self._pipe)
+            self._pipe = None
+
+    def close_source(self, *, aborts: bool) -> None:
+        if aborts and self._source.family in (socket.AF_INET, socket.AF_INET6):
+            with suppress(OSError):
+                self._source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+        self._source.close()
+
+    def _on_readable(self) -> None:
+        # Once: others get their turn, and the pump calls again. More rounds at a time proved no faster.
+        pipe = self._mover.pipes.take() if self._is_bulk and self._may_splice else None
+        if pipe is None:
+            self._copy()
+        else:
+            self._splice(pipe)
+
+    def _copy(self) -> None:
+        buffer = self._mover.buffer
+        try:
+            count = self._source.recv_into(buffer)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._connection.finish("reset")
+            return
+        if not count:
+            self._end()
+            return
+        self._is_bulk = count == BUFFER_BYTES
+        try:
+            sent = self._sink.send(buffer[:count])
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._break()
+            return
+        self._moved(sent)
+        if sent < count:
+            self._held = memoryview(bytes(buffer[sent:count]))
+            self._wait_for_sink()
+
+    def _splice(self, pipe: Pipe) -> None:
+        try:
+            count = os.splice(self._source_fd, pipe.write_end, PIPE_BYTES, flags=_SPLICE_FLAGS)
+        except OSError as error:
+            self._mover.pipes.give_back(pipe)
+            if isinstance(error, BlockingIOError):
+                self._is_bulk = False
+            elif error.errno == errno.EINVAL:  # a family that knows no splice
+                self._may_splice = False
+            else:
+                self._connection.finish("reset")
+            return
+        if not count:
+            self._mover.pipes.give_back(pipe)
+            self._end()
+            return
+        self._is_bulk = count >= _THIN_BYTES
+        self._pipe = pipe
+        pipe.held_bytes = count
+        if not self._empty_pipe(pipe) and not self.is_over:
+            self._wait_for_sink()
+
+    def _empty_pipe(self, pipe: Pipe) -> bool:
+        """Pass on what the pipe holds, as much as goes; returns whether that was all, and the pipe given back."""
+        while pipe.held_bytes:
+            try:
+                # It may take less than the sink would: a pipe holds pieces.
+                sent = os.splice(pipe.read_end, self._sink_fd, pipe.held_bytes, flags=_SPLICE_FLAGS)
+            except BlockingIOError:
+                return False
+            except OSError:
+                self._break()
+                return False
+            pipe.held_bytes -= sent
+            self._moved(sent)
+            self.spliced_bytes += sent
+        self._pipe = None
+        self._mover.pipes.give_back(pipe)
+        return True
+
+    def _on_writable(self) -> None:
+        if self._pipe is not None:
+            if not self._empty_pipe(self._pipe):
+                return
+        elif self._held is not None:
+            try:
+                sent = self._sink.send(self._held)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._break()
+                return
+            self._moved(sent)
+            if sent < len(self._held):
+                self._held = self._held[sent:]
+                return
+            self._held = None
+        self._pump.on_writable(self._sink_fd, None)
+        self._pump.on_readable(self._source_fd, self._on_readable)
+
+    def _wait_for_sink(self) -> None:
+        self._pump.on_readable(self._source_fd, None)
+        self._pump.on_writable(self._sink_fd, self._on_writable)
+        self._connection.direction_stuck()
+
+    def _moved(self, count: int) -> None:
+        self.moved_bytes += count
+        self._connection.last_moved_s = monotonic()
+
+    def _end(self) -> None:
+        """Pass on the end of the source: all its bytes have gone before."""
+        self.is_over = True
+        self._pump.on_readable(self._source_fd, None)
+        with suppress(OSError):  # it has gone already, which the other direction finds out
+            self._sink.shutdown(socket.SHUT_WR)
+        self._connection.last_moved_s = monotonic()
+        self._connection.direction_ended()
+
+    def _break(self) -> None:
+        """Stop, because the sink takes no more for ever; what it has said before may still be on its way back."""
+        self.is_broken = self.is_over = True
+        self.stop()
+        self._connection.direction_ended()
+        self._connection.direction_stuck()
