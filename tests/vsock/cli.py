@@ -21,6 +21,7 @@ from tests.vsock.guest import Guest
 
 CHECKOUT: Final = Path(__file__).resolve().parents[2]
 PYTEST: Final = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]  # writing is for nothing there
+SCRATCH: Final = "/dev/shm"  # in memory; all the rest is read-only
 # What conftest.py asks on behalf of each run: the packet filter.
 MODULES: Final = ["vsock_loopback", "nf_tables"]
 
@@ -37,7 +38,10 @@ def main(arguments: list[str]) -> int:
     shares = python_and(CHECKOUT)
     environment = {
         "PATH": f"{sys.prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "HOME": "/root",
+        "HOME": SCRATCH,
+        "TMPDIR": SCRATCH,
+        "HYPOTHESIS_STORAGE_DIRECTORY": f"{SCRATCH}/hypothesis",
+        "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
         "CI": os.environ.get("CI", ""),
     }

@@ -16,7 +16,7 @@ from tests.vsock.debian import Tools
 
 # What programs look up there: users, services, libraries, and which of several programs a name means.
 _SETTINGS: Final = ("alternatives", "group", "hosts", "ld.so.cache", "nsswitch.conf", "passwd", "protocols", "services")
-_WRITABLE: Final = ("dev", "proc", "root", "run", "sys", "tmp", "var/lib", "var/tmp")
+_MOUNT_POINTS: Final = ("dev", "proc", "run", "sys", "tmp")
 _SYSTEM: Final = ("bin", "lib", "lib64", "sbin")
 
 # In a mount namespace of its own, which ends with virtiofsd: version 7.2 cannot refuse writes, but the kernel can.
@@ -78,9 +78,8 @@ def served(tools: Tools, shares: Sequence[Path], root: Path, path: Path, log: Pa
 
 
 def _lay_out(root: Path, shares: Sequence[Path]) -> None:
-    for directory in _WRITABLE:
+    for directory in _MOUNT_POINTS:
         (root / directory).mkdir(parents=True)
-        (root / directory).chmod(0o1777)
     for name in _SYSTEM:
         # Debian 12 has them all in /usr.
         (root / name).symlink_to(Path("/", name).readlink())

@@ -19,7 +19,7 @@ from tests.vsock.files import served
 from tests.vsock.initramfs import in_load_order, initramfs
 
 # What every guest needs to see its files.
-_FILE_MODULES: Final = ("virtio_pci", "virtiofs", "overlay")
+_FILE_MODULES: Final = ("virtio_pci", "virtiofs")
 _BOOT_ATTEMPTS: Final = 2
 _POLL_S: Final = 0.1
 
