@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any, get_args
 
 import pytest
@@ -337,6 +337,16 @@ def test_the_edges_of_the_numbers_are_inside() -> None:
         assert edge.judge(sgx(product_id=number, svn=number)).accepted
     for age_s in (1, 86400):
         assert replace(STRICT, max_link_age_s=age_s).max_link_age_s == age_s
+    assert replace(SIGNED, accept=(replace(BY_SIGNER, minimum_svn=1),)).judge(sgx(svn=0)).reason == "svn"
+    assert Accepted(mr_enclave=bytes(31) + b"\1").mr_enclave == bytes(31) + b"\1"
+
+
+@pytest.mark.parametrize("value", [STRICT, BY_BUILD, STRICT.judge(sgx())], ids=["policy", "accepted", "verdict"])
+def test_what_was_checked_cannot_be_changed_afterwards(value: Any) -> None:
+    """Neither a policy nor a verdict: whoever wants another makes another, which is checked again."""
+    for field in fields(value):
+        with pytest.raises(FrozenInstanceError):
+            setattr(value, field.name, True)
 
 
 @pytest.mark.proves("D2")
@@ -542,3 +552,6 @@ def test_tightening_merges_entries_condition_by_condition() -> None:
         platforms=frozenset({HERE}),
     )
     assert image.tightened(Policy(accept_any_measurement=True)) == replace(image, allow_debug=False)
+    (guest,) = OF_GUEST.accept
+    assert guest.combined(guest) == guest
+    assert guest.combined(BY_BUILD) is BY_BUILD.combined(guest) is None

@@ -74,15 +74,16 @@ class Accepted:
 
     def combined(self, other: Accepted) -> Accepted | None:
         """Return the entry for whoever meets the conditions of both, or None if nobody can."""
+        is_one_sort = (self.measurement is None) == (other.measurement is None)
         pairs = zip(self._exact(), other._exact(), strict=True)
-        if any(mine != theirs and None not in (mine, theirs) for mine, theirs in pairs):
+        if not is_one_sort or any(mine != theirs and None not in (mine, theirs) for mine, theirs in pairs):
             return None
         return Accepted(
             mr_enclave=self.mr_enclave or other.mr_enclave,
             mr_signer=self.mr_signer or other.mr_signer,
             product_id=other.product_id if self.product_id is None else self.product_id,
             minimum_svn=max((svn for svn in (self.minimum_svn, other.minimum_svn) if svn is not None), default=None),
-            measurement=self.measurement or other.measurement,
+            measurement=self.measurement,
         )
 
     def _exact(self) -> tuple[bytes | int | None, ...]:

@@ -62,9 +62,9 @@ _FIELDS: Final[Mapping[str, Mapping[str, _Field]]] = MappingProxyType(
 )
 _SHORTEST_QUOTE: Final = {"sgx_ecdsa": 436, "csv": 4096}
 _SGX_QUOTE_VERSION: Final = 3
-_SGX_FLAGS: Final = slice(96, 104)
+_SGX_FLAGS: Final = 96  # the lowest byte
 _SGX_DEBUG: Final = 0x2
-_CSV_POLICY: Final = slice(176, 180)
+_CSV_POLICY: Final = 176  # the lowest byte
 _CSV_NO_DEBUG: Final = 0x1
 _PLATFORM: Final = slice(28, 44)
 
@@ -96,8 +96,8 @@ def find_flaw(evidence: Evidence) -> Verdict | None:
 def can_be_debugged(evidence: Evidence) -> bool:
     """Tell whether the host can read and write the memory of a peer whose evidence has no flaw."""
     if evidence.kind == "csv":
-        return not _number(evidence.quote[_CSV_POLICY]) & _CSV_NO_DEBUG
-    return bool(_number(evidence.quote[_SGX_FLAGS]) & _SGX_DEBUG)
+        return not evidence.quote[_CSV_POLICY] & _CSV_NO_DEBUG
+    return bool(evidence.quote[_SGX_FLAGS] & _SGX_DEBUG)
 
 
 def platform_of(evidence: Evidence) -> bytes:
