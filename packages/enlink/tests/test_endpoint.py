@@ -274,9 +274,14 @@ def test_the_path_where_a_host_listens_for_a_guest_is_longer_and_must_fit_as_wel
     text = "unix-vsock:/" + "p" * 102 + ":8888"
     endpoint = parse_dial(text)
     assert isinstance(endpoint, HybridVsock)
-    assert endpoint.listening_path == "/" + "p" * 102 + "_8888"
+    assert endpoint.listening == Unix("/" + "p" * 102 + "_8888")
     with pytest.raises(UsageError, match="is 108 bytes long"):
         parse_listen(text)
+
+
+def test_the_kernel_takes_an_abstract_name_after_a_zero() -> None:
+    assert Unix("@app").address == "\0app"
+    assert Unix("/run/@app").address == "/run/@app"
 
 
 @pytest.mark.parametrize(

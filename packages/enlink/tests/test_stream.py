@@ -20,19 +20,17 @@ from typing import Any, ParamSpec
 
 import pytest
 import trio
+from enlink.connection import SO_MARK, Unreachable
 from enlink.endpoint import Tcp
 from enlink.errors import NotPermitted, Unavailable
+from enlink.listener import listen_tcp
 from enlink.stream import (
     ACKNOWLEDGE_DEADLINE_S,
-    BIND_PATIENCE_S,
     DIAL_DEADLINE_S,
     RESOLVE_DEADLINE_S,
-    SO_MARK,
     TCP_NOTSENT_LOWAT,
     UNSENT_LIMIT_BYTES,
     Dialer,
-    LinkUnavailable,
-    listen,
     serve,
     tuned,
 )
@@ -195,7 +193,7 @@ async def test_a_dialler_reaches_a_listener_on_ipv6() -> None:
 @in_trio
 async def test_a_refused_connection_is_told_with_the_address_and_the_reason() -> None:
     port = free_port()
-    with pytest.raises(LinkUnavailable) as raised:
+    with pytest.raises(Unreachable) as raised:
         await Dialer(Tcp(LOCALHOST, port)).dial()
     assert str(raised.value) == f"cannot connect to 127.0.0.1 port {port}: Connection refused"
     assert raised.value.exit_code == 69
@@ -207,7 +205,7 @@ async def test_every_address_of_a_name_is_tried(resolver: Resolver) -> None:
         resolver.answer = [ELSEWHERE, "127.0.0.3", LOCALHOST]
         assert await peer_of(await Dialer(Tcp(NAME, port)).dial()) == LOCALHOST
         resolver.answer = [ELSEWHERE, "127.0.0.3"]
-        with pytest.raises(LinkUnavailable, match=r"cannot connect to 127\.0\.0\.3 port \d+: Connection refused"):
+        with pytest.raises(Unreachable, match=r"cannot connect to 127\.0\.0\.3 port \d+: Connection refused"):
             await Dialer(Tcp(NAME, port)).dial()
 
 
@@ -231,7 +229,7 @@ async def test_at_first_a_name_without_an_answer_can_be_tried_again(resolver: Re
     with listening() as port:
         dialer = Dialer(Tcp(NAME, port))
         resolver.answer = answer
-        with pytest.raises(LinkUnavailable, match=f"cannot resolve {NAME}: {text}"):
+        with pytest.raises(Unreachable, match=f"cannot resolve {NAME}: {text}"):
             await dialer.dial()
         resolver.answer = [LOCALHOST]
         assert await peer_of(await dialer.dial()) == LOCALHOST
@@ -276,7 +274,7 @@ async def test_at_first_a_name_service_that_hangs_is_given_up_and_asked_one_ques
         for _ in range(3):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(jump_when_blocked, still_clock, RESOLVE_DEADLINE_S)
-                with pytest.raises(LinkUnavailable, match=f"cannot resolve {NAME}: no answer within 5 s"):
+                with pytest.raises(Unreachable, match=f"cannot resolve {NAME}: no answer within 5 s"):
                     await dialer.dial()
         resolver.release()
         assert await peer_of(await dialer.dial()) == LOCALHOST
@@ -314,7 +312,7 @@ async def test_a_changed_address_is_used_as_soon_as_the_old_one_fails(
     with listening(ELSEWHERE, port):
         resolver.answer = [ELSEWHERE]
         assert await peer_of(await dialer.dial()) == ELSEWHERE
-    with pytest.raises(LinkUnavailable, match=r"127\.0\.0\.2 .*refused"):
+    with pytest.raises(Unreachable, match=r"127\.0\.0\.2 .*refused"):
         await dialer.dial()
 
 
@@ -339,7 +337,7 @@ async def test_the_old_address_is_not_waited_on_for_longer_than_a_fresh_answer_m
     resolver.is_hanging = True
     async with trio.open_nursery() as nursery:
         nursery.start_soon(jump_when_blocked, still_clock, 1)
-        with pytest.raises(LinkUnavailable, match="refused"):
+        with pytest.raises(Unreachable, match="refused"):
             await dialer.dial()
     resolver.release()
 
@@ -347,7 +345,7 @@ async def test_the_old_address_is_not_waited_on_for_longer_than_a_fresh_answer_m
 @pytest.mark.proves("F26")
 def test_a_host_that_does_not_answer_and_a_network_that_is_not_there_are_told_apart(still_clock: MockClock) -> None:
     async def failure(address: str) -> str:
-        with pytest.raises(LinkUnavailable) as raised:
+        with pytest.raises(Unreachable) as raised:
             await Dialer(Tcp(address, 7)).dial()
         return str(raised.value)
 
@@ -360,7 +358,7 @@ def test_a_host_that_does_not_answer_and_a_network_that_is_not_there_are_told_ap
         await silent.resolve()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(jump_when_blocked, still_clock, DIAL_DEADLINE_S)
-            with pytest.raises(LinkUnavailable, match=r"cannot connect to 192\.0\.2\.3 port 7: no answer within 5 s"):
+            with pytest.raises(Unreachable, match=r"cannot connect to 192\.0\.2\.3 port 7: no answer within 5 s"):
                 await silent.dial()
 
     with Network() as network:
@@ -407,10 +405,10 @@ def test_marking_without_the_right_to_is_told_at_once(host: Host) -> None:
 async def test_a_dialler_without_descriptors_may_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
     dialer = Dialer(Tcp(LOCALHOST, free_port()))
     await dialer.resolve()
-    failure = pytest.raises(LinkUnavailable, match=r"cannot connect to 127\.0\.0\.1 port \d+: Too many open files")
+    failure = pytest.raises(Unreachable, match=r"cannot connect to 127\.0\.0\.1 port \d+: Too many open files")
     with failure, no_more_descriptors():
         await dialer.dial()
-    with pytest.raises(LinkUnavailable, match="Connection refused"):
+    with pytest.raises(Unreachable, match="Connection refused"):
         await dialer.dial()
 
 
@@ -498,12 +496,7 @@ TUNED = {
 }
 
 
-# Listening.
-
-
-async def close_all(listeners: list[trio.SocketListener]) -> None:
-    for listener in listeners:
-        await listener.aclose()
+# Serving.
 
 
 def addresses_of(listeners: list[trio.SocketListener]) -> list[tuple[str, int]]:
@@ -511,209 +504,8 @@ def addresses_of(listeners: list[trio.SocketListener]) -> list[tuple[str, int]]:
 
 
 @in_trio
-async def test_without_a_host_every_address_is_listened_on() -> None:
-    port = free_port()
-    listeners = await listen(Tcp(None, port))
-    assert addresses_of(listeners) == [("0.0.0.0", port), ("::", port)]
-    for address in (LOCALHOST, ELSEWHERE, "::1"):
-        assert await peer_of(await Dialer(Tcp(address, port)).dial()) == address
-    await close_all(listeners)
-
-
-@pytest.mark.parametrize(("address", "other"), [(LOCALHOST, ELSEWHERE), ("::1", LOCALHOST)])
-@in_trio
-async def test_with_a_host_only_that_one_is_listened_on(address: str, other: str) -> None:
-    listeners = await listen(Tcp(address, 0))
-    ((_, port),) = addresses_of(listeners)
-    assert await peer_of(await Dialer(Tcp(address, port)).dial()) == address
-    with pytest.raises(LinkUnavailable, match="refused"):
-        await Dialer(Tcp(other, port)).dial()
-    await close_all(listeners)
-
-
-def test_a_host_whose_ipv6_is_switched_off_is_listened_on_all_the_same() -> None:
-    async def main() -> None:
-        listeners = await listen(Tcp(None, 6980))
-        assert await peer_of(await Dialer(Tcp(LOCALHOST, 6980)).dial()) == LOCALHOST
-        await close_all(listeners)
-
-    with Network() as network:
-        host = network.host("old")
-        host.run("sysctl", "-q", "-w", "net.ipv6.conf.all.disable_ipv6=1")
-        with host.entered():
-            trio.run(main)
-
-
-@pytest.mark.parametrize("number", [errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL])
-@in_trio
-async def test_a_kernel_without_ipv6_is_listened_on_all_the_same(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    real = trio.socket.socket
-
-    def without_ipv6(family: int, *rest: Any) -> trio.socket.SocketType:
-        if family == socket.AF_INET6:
-            raise OSError(number, os.strerror(number))
-        return real(family, *rest)
-
-    monkeypatch.setattr(trio.socket, "socket", without_ipv6)
-    listeners = await listen(Tcp(None, 0))
-    assert [address for address, _ in addresses_of(listeners)] == ["0.0.0.0"]
-    await close_all(listeners)
-    # Asked for by name, it is missed.
-    with pytest.raises(Unavailable, match=r"cannot listen on \[::1\]:6980: "):
-        await listen(Tcp("::1", 6980))
-
-
-@pytest.mark.parametrize(
-    ("endpoint", "text"),
-    [
-        (Tcp("192.0.2.77", 6980), "cannot listen on 192.0.2.77:6980: Cannot assign requested address"),
-        (Tcp("2001:db8::77", 6980), "cannot listen on [2001:db8::77]:6980: Cannot assign requested address"),
-        (Tcp(NAME, 6980), "cannot listen on gateway.example:6980: Name or service not known"),
-    ],
-)
-@in_trio
-async def test_an_address_that_is_not_ours_is_told_at_once(
-    resolver: Resolver, still_clock: MockClock, endpoint: Tcp, text: str
-) -> None:
-    resolver.answer = NO_SUCH_NAME
-    with pytest.raises(Unavailable) as raised:
-        await listen(endpoint)
-    assert (str(raised.value), raised.value.exit_code) == (text, 69)
-    assert trio.current_time() == 0
-
-
-@pytest.mark.proves("F67")
-@pytest.mark.parametrize(("address", "shown"), [(LOCALHOST, "127.0.0.1:{}"), ("::1", "[::1]:{}"), (None, "0.0.0.0:{}")])
-@in_trio
-async def test_who_has_the_port_is_named_after_some_patience(clock: MockClock, address: str | None, shown: str) -> None:
-    before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208  # the names are all there is to it
-    with listening(address or LOCALHOST) as port, pytest.raises(Unavailable) as raised:
-        await listen(Tcp(address, port))
-    holder = f"{OWN_NAME} (pid {os.getpid()})"
-    assert str(raised.value) == f"cannot listen on {shown.format(port)}: {holder} has the port"
-    assert BIND_PATIENCE_S <= trio.current_time() <= BIND_PATIENCE_S + 1
-    assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
-
-
-@pytest.mark.proves("F67")
-@in_trio
-async def test_whoever_has_the_second_of_two_addresses_gets_the_first_one_freed(clock: MockClock) -> None:
-    with listening("::1") as port:
-        with pytest.raises(Unavailable, match=r"cannot listen on \[::\]:\d+: .* has the port"):
-            await listen(Tcp(None, port))
-        with listening(LOCALHOST, port):
-            pass
-
-
-@pytest.mark.proves("F67")
-def test_a_holder_that_proc_does_not_show_is_another_process(host: Host, clock: MockClock, monkeypatch: Any) -> None:
-    # Bound but not listening: nobody can be found in the kernel's table of listeners.
-    async def main() -> None:
-        with socket.socket() as sock:
-            sock.bind((LOCALHOST, 6980))
-            with pytest.raises(Unavailable) as raised:
-                await listen(Tcp(LOCALHOST, 6980))
-        assert str(raised.value) == "cannot listen on 127.0.0.1:6980: another process has the port"
-
-    with host.entered():
-        trio.run(main, clock=clock)
-
-
-@pytest.mark.proves("F67")
-@in_trio
-async def test_waiting_for_a_port_can_be_cancelled(clock: MockClock) -> None:
-    with listening() as port:
-        async with trio.open_nursery() as nursery:
-            listeners: list[trio.SocketListener] = []
-
-            @nursery.start_soon
-            async def start() -> None:
-                listeners.extend(await listen(Tcp(LOCALHOST, port)))
-
-            await trio.sleep(BIND_PATIENCE_S / 2)
-            nursery.cancel_scope.cancel()
-    assert not listeners
-    with listening(LOCALHOST, port):
-        pass
-
-
-@pytest.mark.proves("F67")
-@in_trio
-async def test_a_port_that_becomes_free_is_taken(clock: MockClock) -> None:
-    listeners: list[trio.SocketListener] = []
-    async with trio.open_nursery() as nursery:
-        with listening() as port:
-
-            @nursery.start_soon
-            async def start() -> None:
-                listeners.extend(await listen(Tcp(LOCALHOST, port)))
-
-            await trio.sleep(BIND_PATIENCE_S / 2)
-            assert not listeners
-    assert addresses_of(listeners) == [(LOCALHOST, port)]
-    await close_all(listeners)
-
-
-@pytest.mark.proves("F67")
-@in_trio
-async def test_a_restart_does_not_wait_for_old_connections(still_clock: MockClock) -> None:
-    """Connections of before may be in TIME_WAIT for a minute, and in FIN_WAIT for as long as their peers like."""
-    port = free_port()
-    ends = []
-    for _ in range(3):
-        (listener,) = await listen(Tcp(LOCALHOST, port))
-        ends.append(await Dialer(Tcp(LOCALHOST, port)).dial())
-        accepted = await listener.accept()
-        await listener.aclose()
-        await accepted.aclose()  # the first to close is the one that waits
-    for end in ends[:-1]:
-        await end.aclose()
-    states = [line.split()[3] for line in connection_table() if f":{port:04X} " in line]
-    assert "06" in states  # TIME_WAIT
-    await close_all(await listen(Tcp(LOCALHOST, port)))
-    assert trio.current_time() == 0
-    await ends[-1].aclose()
-
-
-def connection_table() -> list[str]:
-    return Path("/proc/thread-self/net/tcp").read_text().splitlines()
-
-
-@pytest.mark.proves("F67")
-@in_trio
-async def test_the_holder_is_named_on_a_kernel_without_ipv6_too(
-    clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = Path.read_text
-
-    def without_ipv6(path: Path) -> str:
-        if path.name == "tcp6":
-            raise FileNotFoundError
-        return real(path)
-
-    monkeypatch.setattr(Path, "read_text", without_ipv6)
-    with listening() as port, pytest.raises(Unavailable, match=rf"pid {os.getpid()}\) has the port"):
-        await listen(Tcp(LOCALHOST, port))
-
-
-def test_a_low_port_needs_a_right(host: Host) -> None:
-    async def main() -> None:
-        with pytest.raises(NotPermitted) as raised, without_capabilities(CAP_NET_BIND_SERVICE):
-            await listen(Tcp(LOCALHOST, 7))
-        assert str(raised.value) == "cannot listen on 127.0.0.1:7: ports below 1024 need CAP_NET_BIND_SERVICE"
-        assert raised.value.exit_code == 77
-        await close_all(await listen(Tcp(LOCALHOST, 7)))
-
-    with host.entered():
-        trio.run(main)
-
-
-# Serving.
-
-
-@in_trio
 async def test_everyone_who_connects_is_served_at_once_on_a_tuned_stream() -> None:
-    listeners = await listen(Tcp(LOCALHOST, 0)) + await listen(Tcp("::1", 0))
+    listeners = await listen_tcp(Tcp(LOCALHOST, 0)) + await listen_tcp(Tcp("::1", 0))
     served: list[dict[str, int]] = []
 
     async def echo(stream: trio.SocketStream) -> None:
@@ -743,7 +535,7 @@ def addresses_of_closed(listeners: list[trio.SocketListener]) -> list[int]:
 @pytest.mark.proves("F52", "F54")
 @in_trio
 async def test_connections_that_are_reset_before_they_are_accepted_disturb_nobody() -> None:
-    (listener,) = await listen(Tcp(LOCALHOST, 0))
+    (listener,) = await listen_tcp(Tcp(LOCALHOST, 0))
     ((_, port),) = addresses_of([listener])
     served = trio.Event()
 
@@ -778,7 +570,7 @@ async def test_accepting_pauses_and_goes_on_whatever_is_missing(
     clock: MockClock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     left, right = await tcp_stream_pair()
-    (listener,) = await listen(Tcp(LOCALHOST, 0))
+    (listener,) = await listen_tcp(Tcp(LOCALHOST, 0))
     attempts = 0
 
     async def accept(self: trio.SocketListener) -> trio.SocketStream:
@@ -813,7 +605,8 @@ OUT_OF_DESCRIPTORS = textwrap.dedent(
     from contextlib import suppress
     from enlink.endpoint import Tcp
     from enlink.log import log_to_standard_error
-    from enlink.stream import listen, serve
+    from enlink.listener import listen_tcp
+    from enlink.stream import serve
 
     async def echo(stream):
         async with stream:
@@ -822,7 +615,7 @@ OUT_OF_DESCRIPTORS = textwrap.dedent(
                     await stream.send_all(data)
 
     async def main():
-        listeners = await listen(Tcp("127.0.0.1", 0))
+        listeners = await listen_tcp(Tcp("127.0.0.1", 0))
         print(listeners[0].socket.getsockname()[1], flush=True)
         resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
         async with trio.open_nursery() as nursery:
@@ -894,12 +687,12 @@ async def test_among_several_listeners_the_one_with_the_port_is_named(
 ) -> None:
     port, pid, _ = short_of_descriptors
     with listening(), pytest.raises(Unavailable, match=rf"\(pid {pid}\) has the port"):
-        await listen(Tcp(LOCALHOST, port))
+        await listen_tcp(Tcp(LOCALHOST, port))
 
 
 @in_trio
 async def test_serving_ends_with_its_nursery() -> None:
-    listeners = await listen(Tcp(LOCALHOST, 0))
+    listeners = await listen_tcp(Tcp(LOCALHOST, 0))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve, listeners, trio.aclose_forcefully, nursery)
         await wait_all_tasks_blocked()

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import trio
+from enlink.connection import Unreachable
 from enlink.endpoint import Tcp
 from enlink.frame import Close, Error, Hello, Keepalive, Role, Wire, encode_control, encode_packets
 from enlink.link import SILENCE_LIMIT_S
 from enlink.status import Counters
-from enlink.stream import Dialer, LinkUnavailable
+from enlink.stream import Dialer
 from enlink.testing.peers import Peer, ip_packet
 from entg.connection import LAST_WORDS_S
 from entg.legs import (
@@ -516,7 +517,7 @@ class FakeDialer(Dialer):
 
 
 def refuse() -> trio.abc.Stream:
-    raise LinkUnavailable("cannot connect to 192.0.2.1 port 6979: Connection refused")
+    raise Unreachable("cannot connect to 192.0.2.1 port 6979: Connection refused")
 
 
 def reached(peers: list[Peer]) -> Callable[[], trio.abc.Stream]:

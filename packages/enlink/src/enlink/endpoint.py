@@ -81,6 +81,11 @@ class Unix:
     def __str__(self) -> str:
         return f"unix:{self.path}"
 
+    @property
+    def address(self) -> str:
+        """As the kernel takes it."""
+        return f"\0{self.path[1:]}" if self.path.startswith("@") else self.path
+
 
 @dataclass(frozen=True, slots=True)
 class HybridVsock:
@@ -97,9 +102,9 @@ class HybridVsock:
         return f"unix-vsock:{self.path}:{self.port}"
 
     @property
-    def listening_path(self) -> str:
+    def listening(self) -> Unix:
         """Where a host listens for the guest."""
-        return f"{self.path}_{self.port}"
+        return Unix(f"{self.path}_{self.port}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +208,7 @@ def _parse(text: str, kind: _KindOrAny, *, is_listening: bool) -> Endpoint:
     if endpoint.port == VSOCK_PORT_ANY:
         raise UsageError(f"{text!r}: port {port} means any port, use 0 to {VSOCK_PORT_ANY - 1}")
     if is_listening:
-        _path(text, endpoint.listening_path)
+        _path(text, endpoint.listening.path)
     return endpoint
 
 

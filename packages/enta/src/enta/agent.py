@@ -14,12 +14,13 @@ from functools import partial
 from typing import Final, NoReturn, TypeVar
 
 import trio
+from enlink.connection import Unreachable
 from enlink.errors import EngError, leaves
 from enlink.frame import Hello, Packets, Role
 from enlink.link import LinkEnded
 from enlink.program import RateLimitedLog, announce_ready, log_event
 from enlink.status import Counters
-from enlink.stream import Dialer, LinkUnavailable
+from enlink.stream import Dialer
 from enlink.supervise import Stopping
 
 from enta.capture.firewall import Firewall
@@ -131,7 +132,7 @@ class Agent:
         """Learn the gateway's address before the guard goes up, which may well block the way to the name server."""
         try:
             await self._dialer.resolve()
-        except LinkUnavailable as error:
+        except Unreachable as error:
             if self._config.is_once:
                 raise
             log_event(_logger, "gateway_unknown", logging.WARNING, error=error)
@@ -175,7 +176,7 @@ class Agent:
         wanted = trio.Cancelled | KeyboardInterrupt
         if self._is_capturing:
             # With --once. Before that, an agent that finds no gateway has not taken the place of the dead one yet.
-            wanted |= LinkEnded | LinkUnavailable
+            wanted |= LinkEnded | Unreachable
         return any(not isinstance(leaf, wanted) for leaf in leaves(error))
 
     async def _on_host(self, change: Callable[[], T]) -> T:

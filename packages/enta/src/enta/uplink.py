@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NoReturn
 
 import trio
+from enlink.connection import Unreachable
 from enlink.errors import leaves
 from enlink.frame import Close, Hello, Packets, Wire, encode_packets
 from enlink.link import Link, LinkEnded, PeerFault, describe
 from enlink.program import log_event
 from enlink.status import Counters
-from enlink.stream import Dialer, LinkUnavailable
+from enlink.stream import Dialer
 from enlink.supervise import Backoff
 
 # Choices of ours.
@@ -121,7 +122,7 @@ class Uplink:
         """Keep the link until cancelled, and close it in good order then.
 
         Raises:
-            LinkUnavailable, LinkEnded: once only, and it could not be reached, or is gone.
+            Unreachable, LinkEnded: once only, and it could not be reached, or is gone.
             NotPermitted: the link cannot be marked.
         """
         backoff = Backoff()
@@ -129,7 +130,7 @@ class Uplink:
             began_s = trio.current_time()
             try:
                 await self._connect_and_receive()
-            except* (LinkUnavailable, LinkEnded) as group:
+            except* (Unreachable, LinkEnded) as group:
                 error = next(leaves(group))
             self._last_error = str(error)
             self._counters.add("uplink_ended", error.reason if isinstance(error, LinkEnded) else "unreachable")

@@ -7,9 +7,10 @@ import os
 from collections.abc import Mapping
 
 import trio
+from enlink.listener import listen_tcp
 from enlink.program import announce_ready
 from enlink.status import Counters
-from enlink.stream import Dialer, listen
+from enlink.stream import Dialer
 from enlink.supervise import Stopping
 
 from entg.config import GatewayConfig
@@ -54,7 +55,7 @@ class Gateway:
         """
         for leg, endpoint in ((self._enta, self._config.enta_listen), (self._entg, self._config.entg_listen)):
             if endpoint is not None:
-                self._listeners.append((leg, await listen(endpoint)))
+                self._listeners.append((leg, await listen_tcp(endpoint)))
         _, (first, *_) = self._listeners[0]
         return int(first.socket.getsockname()[1])
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Final, Literal
 
 import trio
+from enlink.connection import Unreachable
 from enlink.errors import leaves
 from enlink.frame import Error, Hello, Packets, Role, Wire
 from enlink.link import Link, LinkEnded, describe
 from enlink.program import RateLimitedLog, log_event
 from enlink.status import Counters
-from enlink.stream import Dialer, LinkUnavailable, serve
+from enlink.stream import Dialer, serve
 from enlink.supervise import Backoff
 
 from entg.connection import Connection, spell, spell_listeners
@@ -112,7 +113,7 @@ class Leg:
         while True:
             try:
                 stream = await dialer.dial()
-            except LinkUnavailable as error:
+            except Unreachable as error:
                 self._note_trouble("unreachable", f"{error}; does the peer gateway listen there (--entg-listen)?")
             else:
                 connection = self._admit(stream)

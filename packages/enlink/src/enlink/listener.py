@@ -1,0 +1,225 @@
+"""Listen on an endpoint of any kind, and accept. What becomes of the connections is other modules' affair."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import trio
+
+from enlink import vsock
+from enlink.activation import InheritedSockets, claim
+from enlink.connection import LOOPBACK_IS_DOWN, Connection, name_of
+from enlink.endpoint import CID_ANY, Endpoint, HybridVsock, Systemd, Tcp, Unix, Vsock
+from enlink.errors import ConfigError, NotPermitted, Unavailable
+from enlink.unix_file import UnixFile
+
+# Choices of ours.
+BIND_PATIENCE_S: Final = 5.0  # a predecessor may still be going
+BACKLOG: Final = 1024
+_BIND_PAUSE_S: Final = 0.1
+
+
+@asynccontextmanager
+async def listening(
+    endpoint: Endpoint,
+    *,
+    inherited: InheritedSockets | None = None,
+    is_shared: bool = False,
+    unix_mode: int = 0o600,
+    vsock_buffer_bytes: int | None = None,
+) -> AsyncIterator[list[trio.SocketListener]]:
+    """Listen on *endpoint* for as long as the block runs. What is taken is tried again for `BIND_PATIENCE_S`.
+
+    Args:
+        inherited: what systemd passed, from which a Systemd endpoint takes what is its own.
+        is_shared: several processes listen on the one TCP port, and the kernel divides connections among them.
+        unix_mode: who may connect to a unix socket that has a path: those who may write to it. A dead program's socket
+            is replaced, anything else in the place is not, and the path is gone when the block ends.
+        vsock_buffer_bytes: see `enlink.vsock.open_socket`.
+
+    Raises:
+        Unavailable: it is taken (of TCP, the text names who has it), not this machine's, or this kernel has no vsock.
+        NotPermitted: a right is missing; the text says which.
+        CannotCreate: something that is no socket is at the path, or there can be none.
+        ConfigError: systemd passed no such socket, or this kind cannot be shared.
+    """
+    if is_shared and not isinstance(endpoint, Tcp):
+        raise ConfigError(f"several processes cannot share {endpoint}: only TCP ports can be; run one")
+    listeners: list[trio.SocketListener] = []
+    with ExitStack() as stack:
+        stack.callback(_close, listeners)
+        match endpoint:
+            case Tcp():
+                listeners += await listen_tcp(endpoint, is_shared=is_shared)
+            case Vsock():
+                listeners.append(await _listen_vsock(endpoint, vsock_buffer_bytes))
+            case Unix() | HybridVsock():
+                where = endpoint.listening if isinstance(endpoint, HybridVsock) else endpoint
+                listeners.append(await _listen_unix(where, unix_mode, stack))
+            case Systemd(name):
+                sockets = claim({} if inherited is None else inherited, name)
+                listeners += [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets]
+        yield listeners
+
+
+async def accept(listener: trio.SocketListener) -> Connection:
+    """Wait for a connection, and return it with its peer's name.
+
+    Raises:
+        OSError: there was none, for now: out of descriptors or memory, or it was gone before it was accepted.
+        trio.ClosedResourceError: the listener was closed.
+    """
+    sock, address = await listener.socket.accept()
+    return Connection(sock, name_of(sock.family, address))
+
+
+async def listen_tcp(endpoint: Tcp, *, is_shared: bool = False) -> list[trio.SocketListener]:
+    """Listen on a TCP endpoint; without a host on every address, IPv4 and, where there is IPv6, IPv6.
+
+    A port that is taken is tried again for `BIND_PATIENCE_S`.
+
+    Raises:
+        Unavailable: the port is taken (the text names who has it) or the address is not this host's.
+        NotPermitted: the port needs CAP_NET_BIND_SERVICE.
+    """
+    everywhere = {4: ["0.0.0.0"], 6: ["::"], None: ["0.0.0.0", "::"]}[endpoint.family]
+    hosts = [endpoint.host] if endpoint.host is not None else everywhere
+    listeners: list[trio.SocketListener] = []
+    deadline = trio.current_time() + BIND_PATIENCE_S
+    try:
+        for host in hosts:
+            try:
+                listeners.append(await _listen_on_host(host, endpoint, deadline, is_shared=is_shared))
+            except OSError as error:
+                # Every address was asked for: a host without IPv6 has fewer of them.
+                if len(hosts) > 1 and host == "::" and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                    continue
+                _raise_bind_failure(host, endpoint.port, error)
+    except BaseException:
+        _close(listeners)
+        raise
+    return listeners
+
+
+async def _listen_on_host(host: str, endpoint: Tcp, deadline: float, *, is_shared: bool) -> trio.SocketListener:
+    wanted = {None: socket.AF_UNSPEC, 4: socket.AF_INET, 6: socket.AF_INET6}[endpoint.family]
+    ((family, _, _, _, address), *_) = await trio.socket.getaddrinfo(
+        host, endpoint.port, family=wanted, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+
+    def open_socket() -> trio.socket.SocketType:
+        sock = trio.socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        return sock
+
+    return await _patiently(lambda: _bound(open_socket(), address), deadline)
+
+
+async def _listen_vsock(endpoint: Vsock, buffer_bytes: int | None) -> trio.SocketListener:
+    address = (CID_ANY if endpoint.cid is None else endpoint.cid, endpoint.port)
+    deadline = trio.current_time() + BIND_PATIENCE_S
+    try:
+        return await _patiently(lambda: _bound(vsock.open_socket(buffer_bytes), address), deadline)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise Unavailable(f"cannot listen on {endpoint}: another process has the port") from error
+        if error.errno == errno.EACCES:
+            raise NotPermitted(f"cannot listen on {endpoint}: ports below 1024 need CAP_NET_BIND_SERVICE") from error
+        reason = vsock.why_not_bound(error, endpoint.cid, endpoint.port)
+        raise Unavailable(f"cannot listen on {endpoint}: {reason}") from error
+
+
+async def _listen_unix(endpoint: Unix, mode: int, stack: ExitStack) -> trio.SocketListener:
+    deadline = trio.current_time() + BIND_PATIENCE_S
+
+    async def bind_path() -> trio.SocketListener:
+        file = UnixFile(Path(endpoint.path), mode, BACKLOG)
+        stack.callback(file.remove)
+        return trio.SocketListener(trio.socket.from_stdlib_socket(file.socket))
+
+    async def bind_name() -> trio.SocketListener:
+        return await _bound(trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), endpoint.address)
+
+    try:
+        return await _patiently(bind_name if endpoint.path.startswith("@") else bind_path, deadline)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise Unavailable(f"cannot listen on {endpoint}: another program listens there") from error
+        raise Unavailable(f"cannot listen on {endpoint}: {os.strerror(error.errno or 0)}") from error
+
+
+async def _bound(sock: trio.socket.SocketType, address: Any) -> trio.SocketListener:
+    try:
+        await sock.bind(address)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return trio.SocketListener(sock)
+
+
+async def _patiently(bind: Callable[[], Awaitable[trio.SocketListener]], deadline: float) -> trio.SocketListener:
+    """Bind, and while somebody else has the address try again until the deadline."""
+    while True:
+        try:
+            return await bind()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or trio.current_time() >= deadline:
+                raise
+        await trio.sleep(_BIND_PAUSE_S)
+
+
+def _close(listeners: Sequence[trio.SocketListener]) -> None:
+    for listener in listeners:
+        listener.socket.close()
+
+
+def _raise_bind_failure(host: str, port: int, error: OSError) -> NoReturn:
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if error.errno == errno.EADDRINUSE:
+        holder = _holder_of(port)
+        raise Unavailable(f"cannot listen on {where}: {holder or 'another process'} has the port") from error
+    if error.errno == errno.EACCES:
+        raise NotPermitted(f"cannot listen on {where}: ports below 1024 need CAP_NET_BIND_SERVICE") from error
+    hint = f"; {LOOPBACK_IS_DOWN}" if error.errno == errno.EADDRNOTAVAIL and _is_loopback(host) else ""
+    raise Unavailable(f"cannot listen on {where}: {error.strerror}{hint}") from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _holder_of(port: int) -> str | None:
+    """Name the process that listens on a TCP port of this namespace, as far as /proc shows it to us."""
+    inodes = set()
+    for table in ("/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"):
+        try:
+            lines = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for columns in map(str.split, lines):
+            if columns[3] == "0A" and int(columns[1].rpartition(":")[2], 16) == port:  # 0A: LISTEN
+                inodes.add(f"socket:[{columns[9]}]")
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            if any(str(entry.readlink()) in inodes for entry in (process / "fd").iterdir()):
+                return f"{(process / 'comm').read_text().strip()} (pid {process.name})"
+        except OSError:
+            continue
+    return None
