@@ -75,21 +75,27 @@ def tools() -> Tools:
     """
     cache = cached()
     found = Tools(cache / "debian-12")
-    cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / "lock"):
-        if not found.root.exists():
-            _require_debian_12()
-            archives = cache / "archives"
-            unpacked = Tools(cache / "unpacking")
-            shutil.rmtree(unpacked.root, ignore_errors=True)
-            _download(archives)
-            for archive in archives.glob("*.deb"):
-                _run("dpkg", "-x", str(archive), str(unpacked.root))
-            for program in (unpacked.qemu, unpacked.virtiofsd):
-                _run(str(program), "--version", environment=unpacked.environment)
-            unpacked.root.rename(found.root)
-            shutil.rmtree(archives)
+    if not found.root.exists():
+        _require_debian_12()
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / "lock"):
+            if not found.root.exists():
+                _fetch(cache, found.root)
     return found
+
+
+def _fetch(cache: Path, root: Path) -> None:
+    """Make *root*, which is there when it is complete."""
+    archives = cache / "archives"
+    unpacked = Tools(cache / "unpacking")
+    shutil.rmtree(unpacked.root, ignore_errors=True)
+    _download(archives)
+    for archive in archives.glob("*.deb"):
+        _run("dpkg", "-x", str(archive), str(unpacked.root))
+    for program in (unpacked.qemu, unpacked.virtiofsd):
+        _run(str(program), "--version", environment=unpacked.environment)
+    unpacked.root.rename(root)
+    shutil.rmtree(archives)
 
 
 @contextmanager
@@ -142,5 +148,5 @@ def _newest_kernel(*options: str) -> str:
 def _run(*command: str, environment: Mapping[str, str] | None = None) -> str:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemFailure(f"{' '.join(command)} failed ({done.returncode}): {done.stderr.strip()}")
+        raise SystemFailure(f"{' '.join(command)} failed ({done.returncode}): {' '.join(done.stderr.split())}")
     return done.stdout

@@ -16,40 +16,13 @@ import pytest
 import trio
 from enlink.testing.programs import in_trio
 
+from tests.vsock.streams import ANY, ANY_PORT, LOCAL, dial, listen, port_of, received
+
 pytestmark = pytest.mark.vsock
 
-# linux/vm_sockets.h; Python 3.11 does not have the first.
-LOCAL: Final = 1
-ANY: Final = socket.VMADDR_CID_ANY
-ANY_PORT: Final = socket.VMADDR_PORT_ANY
 ABSENT: Final = 99  # nobody has this CID
 BUFFER_BYTES: Final = 256 * 1024  # what the kernel gives each direction of a connection
 MEGABYTE: Final = bytes(range(256)) * 4096
-
-
-async def listen(backlog: int = 128) -> trio.SocketListener:
-    """Listen on a port that the kernel chooses."""
-    sock = trio.socket.socket(socket.AF_VSOCK)
-    await sock.bind((ANY, ANY_PORT))
-    sock.listen(backlog)
-    return trio.SocketListener(sock)
-
-
-def port_of(listener: trio.SocketListener) -> int:
-    port = listener.socket.getsockname()[1]
-    assert isinstance(port, int)
-    return port
-
-
-async def dial(cid: int, port: int) -> trio.SocketStream:
-    """Connect, and leave no socket behind where that fails."""
-    sock = trio.socket.socket(socket.AF_VSOCK)
-    try:
-        await sock.connect((cid, port))
-    except BaseException:
-        sock.close()
-        raise
-    return trio.SocketStream(sock)
 
 
 @asynccontextmanager
@@ -70,11 +43,6 @@ def pipe() -> Iterator[tuple[int, int]]:
     finally:
         os.close(outlet)
         os.close(inlet)
-
-
-async def received(stream: trio.SocketStream) -> bytes:
-    """All that comes until the peer's end."""
-    return b"".join([piece async for piece in stream])
 
 
 @in_trio
