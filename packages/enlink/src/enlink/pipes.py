@@ -9,6 +9,7 @@ from typing import Final
 
 # Choices of ours.
 PIPE_BYTES: Final = 1024 * 1024  # /proc/sys/fs/pipe-max-size, what anybody may ask for
+MAX_PIPES: Final = 64  # of that size: /proc/sys/fs/pipe-user-pages-soft, what a user without privileges may have
 USEFUL_BYTES: Final = 64 * 1024  # what a pipe has without asking, as long as its user has few of them
 
 

@@ -22,12 +22,11 @@ from typing import Final, Literal, Self, TypeAlias
 import outcome as trio_outcome
 import trio
 
-from enlink.pipes import PIPE_BYTES, Pipe, PipePool
+from enlink.pipes import MAX_PIPES, PIPE_BYTES, Pipe, PipePool
 from enlink.pump import Pump, current_pump
 
 # Choices of ours.
 BUFFER_BYTES: Final = 64 * 1024
-MAX_PIPES: Final = 64  # of 1 MiB: /proc/sys/fs/pipe-user-pages-soft, what a user without privileges may have
 _THIN_BYTES: Final = 16 * 1024  # below it a copy is cheaper than two splices
 
 _SPLICE_FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
@@ -72,12 +71,12 @@ class Mover:
     """What the connections of one trio run share: a buffer and pipes. Use it in a ``with`` block around them all.
 
     Args:
-        can_splice: False to copy always.
+        max_pipes: how many directions may have bytes in a pipe at a time; others copy. Each pipe is two descriptors.
     """
 
-    def __init__(self, *, can_splice: bool = True) -> None:
+    def __init__(self, max_pipes: int = MAX_PIPES) -> None:
         self.buffer = memoryview(bytearray(BUFFER_BYTES))
-        self.pipes = PipePool(MAX_PIPES if can_splice else 0)
+        self.pipes = PipePool(max_pipes)
 
     def __enter__(self) -> Self:
         return self

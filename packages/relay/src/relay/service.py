@@ -1,0 +1,105 @@
+"""All bridges of one process: binds what they listen on, runs them, and ends them in good order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import trio
+from enlink.activation import take_inherited_sockets
+from enlink.listener import listening
+from enlink.program import RateLimitedLog, log_event
+from enlink.splice import Mover
+from enlink.supervise import Stopping
+
+from relay.bridge import Bridge
+from relay.config import RelayConfig
+from relay.dial import Target
+from relay.resolver import Resolver
+
+_logger = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def listening_on(config: RelayConfig, stopping: Stopping) -> AsyncIterator[list[list[socket.socket]]]:
+    """Listen on every bridge's endpoint for as long as the block runs; gives each bridge's sockets, non-blocking.
+
+    Gives an empty list if the program is to stop before an address that is taken becomes free.
+
+    Raises:
+        EngError: as `enlink.listener.listening` does.
+    """
+    found: list[list[socket.socket]] = []
+    inherited = take_inherited_sockets()
+    async with AsyncExitStack() as stack:
+        async with trio.open_nursery() as nursery:
+
+            async def give_up() -> None:
+                await stopping.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(give_up)
+            for bridge in config.bridges:
+                listeners = await stack.enter_async_context(
+                    listening(bridge.listen, inherited=inherited, vsock_buffer_bytes=bridge.vsock_buffer_bytes)
+                )
+                found.append([stack.enter_context(_without_trio(listener)) for listener in listeners])
+            nursery.cancel_scope.cancel()
+        yield [] if stopping.is_set else found
+
+
+def _without_trio(listener: trio.SocketListener) -> socket.socket:
+    """A second descriptor of a listener: accepting one by one, as trio does, is slow."""
+    sock = listener.socket
+    twin = socket.socket(sock.family, sock.type, sock.proto, os.dup(sock.fileno()))
+    twin.setblocking(False)
+    return twin
+
+
+class Relay:
+    """The bridges of a configuration.
+
+    Args:
+        resolver: None, where no target is a name.
+
+    Raises:
+        ConfigError: a bridge's rules can never allow its target.
+    """
+
+    def __init__(self, config: RelayConfig, resolver: Resolver | None, max_pipes: int) -> None:
+        self._config = config
+        self._resolver = resolver
+        self._mover = Mover(max_pipes)
+        limited = RateLimitedLog(_logger)
+        self._bridges = [Bridge(bridge, Target(bridge, resolver), self._mover, limited) for bridge in config.bridges]
+
+    def snapshot(self) -> dict[str, object]:
+        """Return every bridge's counters, for ``status``."""
+        return {
+            "bridges": [bridge.snapshot() for bridge in self._bridges],
+            "names": dict(sorted(self._resolver.counters.items())) if self._resolver else {},
+        }
+
+    async def run(self, listeners: Sequence[Sequence[socket.socket]], stopping: Stopping) -> None:
+        """Carry connections until the wish to stop, and those that there are then for as long as the grace lasts.
+
+        Args:
+            listeners: for each bridge, its sockets. At the wish to stop nobody is left in their backlog.
+        """
+        with self._mover:
+            async with trio.open_nursery() as connections:
+                try:
+                    async with trio.open_nursery() as accepting:
+                        for bridge, sockets in zip(self._bridges, listeners, strict=True):
+                            accepting.start_soon(bridge.accept, sockets, connections)
+                        await stopping.wait()
+                        accepting.cancel_scope.cancel()
+                finally:
+                    for sock in (sock for sockets in listeners for sock in sockets):
+                        sock.close()
+                connections.cancel_scope.deadline = trio.current_time() + self._config.grace_s
+            if connections.cancel_scope.cancelled_caught:
+                log_event(_logger, "grace_over", logging.WARNING, grace_s=self._config.grace_s)
