@@ -40,6 +40,7 @@ from enlink.link import (
     Refused,
     describe,
 )
+from enlink.pump import current_pump
 from enlink.testing.streams import ImpairedStream, reset, tcp_stream_pair
 from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, trio_test, wait_all_tasks_blocked
 
@@ -1325,6 +1326,8 @@ async def end_of_forever(link: Link) -> None:
 @pytest.mark.proves("G2")
 @in_trio
 async def test_a_hundred_links_leave_nothing_behind() -> None:
+    current_pump()  # which there is one of for each run
+    await trio.lowlevel.checkpoint()
     tasks = trio.lowlevel.current_statistics().tasks_living
     descriptors = open_descriptors()
     for count in range(100):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import trio
 from enlink import pump as pump_module
+from enlink.errors import leaves
 from enlink.pump import current_pump, while_readable
-from trio.testing import trio_test
+from trio.testing import MockClock, trio_test, wait_all_tasks_blocked
 
 DEADLINE_S = 20.0
 
@@ -168,6 +169,71 @@ async def test_both_directions_of_one_descriptor_are_told_apart(pair: tuple[sock
         await until(lambda: len(seen) == 2)
     assert seen == ["write", "readx"]
     pump.forget(near.fileno())
+
+
+@trio_test
+async def test_two_tasks_cannot_wait_for_one_descriptor(pair: tuple[socket.socket, socket.socket]) -> None:
+    near, _ = pair
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(while_readable, near.fileno(), lambda: True)
+        await wait_all_tasks_blocked()
+        with pytest.raises(trio.BusyResourceError):
+            await while_readable(near.fileno(), lambda: True)
+        nursery.cancel_scope.cancel()
+
+
+@trio_test
+async def test_who_waits_is_told_when_the_descriptor_is_to_be_closed(pair: tuple[socket.socket, socket.socket]) -> None:
+    near, far = pair
+    with trio.fail_after(DEADLINE_S):
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def wait() -> None:
+                with pytest.raises(trio.ClosedResourceError):
+                    await while_readable(near.fileno(), lambda: pytest.fail("called after it was forgotten"))
+
+            await wait_all_tasks_blocked()
+            current_pump().forget(near.fileno())
+            far.send(b"x")
+            # Cancelled when the outcome is decided already: it stays what it is.
+            nursery.cancel_scope.cancel()
+
+
+def test_a_callback_that_raises_ends_the_run_and_not_only_the_traffic(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    near, far = pair
+
+    async def main() -> None:
+        current_pump().on_readable(near.fileno(), lambda: 1 // 0)
+        far.send(b"x")
+        await trio.sleep(DEADLINE_S)
+
+    with pytest.raises(trio.TrioInternalError) as raised:
+        trio.run(main)
+    assert any(isinstance(leaf, ZeroDivisionError) for leaf in leaves(raised.value.__cause__))
+
+
+def test_the_clock_of_a_test_jumps_over_waiting_and_not_over_traffic(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    near, far = pair
+    far.send(b"abc")
+    seen: list[float] = []
+
+    def step() -> bool:
+        seen.append(trio.current_time())
+        return near.recv(1) != b""
+
+    async def main() -> None:
+        began = trio.current_time()
+        with trio.move_on_after(1000):
+            await while_readable(near.fileno(), step)
+        assert [moment - began for moment in seen] == [0, 0, 0]
+        assert trio.current_time() - began == 1000
+
+    trio.run(main, clock=MockClock(autojump_threshold=0.05))
 
 
 def test_signals_reach_a_program_that_only_moves_bytes() -> None:

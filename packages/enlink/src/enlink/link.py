@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, Literal, NoReturn, Protocol
+from typing import Final, Literal, NoReturn
 
 import trio
 
@@ -28,19 +27,15 @@ from enlink.frame import (
     Unknown,
     encode_control,
 )
+from enlink.port import Port, SocketPort, StreamPort
 
 Speech = Literal["silent", "raw", "eng"]
 
 # Choices of ours.
-# A buffer of more than 128 KiB is mapped, faulted in and unmapped by malloc for each read, which costs ten times the
-# reading of a small packet. So the larger one is for when the smaller one was filled.
-READ_BYTES: Final = 64 * 1024
-BULK_READ_BYTES: Final = 256 * 1024
 GREETING_DEADLINE_S: Final = 10.0  # absolute, not idle: one byte a second buys nobody a place
 KEEPALIVE_INTERVAL_S: Final = 5.0
 SILENCE_LIMIT_S: Final = 2 * KEEPALIVE_INTERVAL_S
 _WATCH_INTERVAL_S: Final = 1.0
-_BURST: Final = 16  # operations that find the kernel ready before other tasks get their turn
 _FAREWELL_S: Final = 1.0
 _FLOOD_WINDOW_S: Final = 1.0
 _ORIGINAL_HINT: Final = " (an original ENTA or ENTG needs --wire original)"
@@ -86,14 +81,13 @@ class Link:
         self._hello = hello
         self._count = count
         self._stream = stream
-        self._port: _Port = _SocketPort(stream) if isinstance(stream, trio.SocketStream) else _StreamPort(stream)
+        self._port: Port = SocketPort(stream) if isinstance(stream, trio.SocketStream) else StreamPort(stream)
         self._decoder = FrameDecoder()
         self._events: deque[Event] = deque()
         self._sending = trio.Lock()
         self._is_closed = False
         self._is_mid_frame = False
-        # Why a send failed. The kernel tells that once, and who reads sees no more than an end.
-        self._broke: str | None = None
+        self._take: Callable[[Packets], bool] = _take_nothing
         self._refilled_at = trio.current_time()
         self._has_said_hello = False
         self._last_sent = self._last_received = trio.current_time()
@@ -132,14 +126,23 @@ class Link:
             self.speech = "raw"
         return event
 
-    async def receive(self) -> Packets:
-        """Wait for packets and return one run of them, in order."""
-        while True:
-            event = await self._next_event()
-            if isinstance(event, Packets):
-                if self.speech == "silent":
-                    self.speech = "raw"
-                return event
+    async def receive(self, take: Callable[[Packets], bool] | None = None) -> Packets:
+        """Wait for packets and return one run of them, in order.
+
+        With *take*, runs that it returns True for are done with, and the first other one is returned. It must not
+        block: it is called while no task runs, which makes this the fast way. See pump.py.
+        """
+        self._take = take or _take_nothing
+        try:
+            while True:
+                event = await self._next_event()
+                if isinstance(event, Packets):
+                    if self.speech == "silent":
+                        self.speech = "raw"
+                    if not self._take(event):
+                        return event
+        finally:
+            self._take = _take_nothing
 
     async def send(self, encoded: Buffer, *, stall_limit_s: float = math.inf) -> None:
         """Send whole encoded frames, waiting while the kernel has no room.
@@ -150,6 +153,27 @@ class Link:
         if self._is_closed:
             raise LinkEnded("closed", "the link was closed here")
         await self._send(encoded, stall_limit_s)
+
+    @property
+    def can_send_at_once(self) -> bool:
+        """This is a socket, nobody is sending, and nothing waits for room in the kernel."""
+        port = self._port
+        is_busy = port.has_unsent or self._is_mid_frame or self._is_closed or self._sending.locked()
+        return port.takes_offers and port.failure is None and not is_busy
+
+    def send_at_once(self, encoded: Buffer) -> bool:
+        """Send whole encoded frames without waiting; False, if that cannot be: then nothing was sent, and use `send`.
+
+        What the kernel has no room for follows as soon as it has, and before anything else.
+        """
+        if not self.can_send_at_once:
+            return False
+        try:
+            is_taken = self._port.offer(encoded)
+        except OSError:
+            return False
+        self._last_sent = trio.current_time()
+        return is_taken
 
     @property
     def is_between_frames(self) -> bool:
@@ -197,15 +221,16 @@ class Link:
                 # The peer went first, or another task still receives and hears what the peer has to say.
                 with suppress(LinkEnded, OSError, trio.BrokenResourceError, trio.BusyResourceError):
                     await self._say_farewell(message)
+        self._port.close()
         await trio.aclose_forcefully(self._stream)
 
     async def _say_farewell(self, message: Close | Error) -> None:
-        if self.speech == "eng":
-            await self._send(encode_control(message))
+        if self.speech == "eng" or self._port.has_unsent:
+            await self._send(encode_control(message) if self.speech == "eng" else b"")
         if isinstance(self._stream, trio.abc.HalfCloseableStream):
             await self._stream.send_eof()
             # Closing with unread bytes would reset the connection, and the peer might never see our last words.
-            while await self._port.read():
+            while await self._port.read(_is_not_the_end):
                 await self._port.take_turn()
 
     async def _next_event(self) -> Packets | Hello:
@@ -228,7 +253,7 @@ class Link:
                 if isinstance(event, Packets | Hello):
                     self._began_to_speak = math.inf
                     return event
-            self._events.extend(self._decoder.feed(await self._read()))
+            await self._read()
 
     async def _hear(self, message: ControlMessage) -> None:
         if isinstance(message, Close):
@@ -255,35 +280,46 @@ class Link:
         if isinstance(message, Hello):
             self._has_said_hello = True
 
-    async def _read(self) -> bytes:
+    async def _read(self) -> None:
+        """Read until there is an event for a task to look at."""
         self._waiting_since = trio.current_time()
         try:
             await self._port.take_turn()
             # From here on to where it waits nothing else runs, so it never meets the reading of `aclose`.
             if self._is_closed:
                 raise LinkEnded("closed", "the link was closed here")
-            data = await self._port.read()
+            is_open = await self._port.read(self._digest)
         except trio.ClosedResourceError as error:
             raise LinkEnded("closed", "the link was closed here") from error
         except (trio.BrokenResourceError, OSError) as error:
-            raise LinkEnded("reset", f"the connection broke: {error.__cause__ or error}") from error
+            raise LinkEnded("reset", _how_it_broke(error)) from error
         finally:
             self._waiting_since = None
+        if not is_open:
+            if failure := self._port.failure:
+                raise LinkEnded("reset", _how_it_broke(failure)) from failure
+            if self._has_said_hello and self.peer is None:
+                raise LinkEnded("truncated", f"the peer hung up on our HELLO{_ORIGINAL_HINT}")
+            if self._has_said_hello or not self.is_between_frames:
+                raise LinkEnded("truncated", "the connection ended without CLOSE")
+            raise LinkEnded("eof", "the peer ended its side of the connection")
+
+    def _digest(self, data: Buffer) -> bool:
+        """Take in what was read. Returns whether it is dealt with: nothing is left for a task to look at."""
         self._last_received = now = trio.current_time()
         if self._began_to_speak is None:
             self._began_to_speak = now
         if now - self._refilled_at >= _FLOOD_WINDOW_S:
             self._refilled_at = now
             self._decoder.refill()
-        if not data:
-            if self._broke is not None:
-                raise LinkEnded("reset", self._broke)
-            if self._has_said_hello and self.peer is None:
-                raise LinkEnded("truncated", f"the peer hung up on our HELLO{_ORIGINAL_HINT}")
-            if self._has_said_hello or not self.is_between_frames:
-                raise LinkEnded("truncated", "the connection ended without CLOSE")
-            raise LinkEnded("eof", "the peer ended its side of the connection")
-        return data
+        events = self._decoder.feed(data)
+        # Whoever speaks for the first time is a matter for tasks, and so is all that is not packets.
+        if len(events) == 1 and self.speech != "silent" and not self._events:
+            event = events[0]
+            if isinstance(event, Packets) and self._take(event):
+                return True
+        self._events.extend(events)
+        return not events
 
     async def _send(self, encoded: Buffer, stall_limit_s: float = math.inf) -> None:
         # trio's lock visits the scheduler even when it is free, which costs four times what the sending does.
@@ -309,87 +345,9 @@ class Link:
         except trio.ClosedResourceError as error:
             raise LinkEnded("closed", "the link was closed here") from error
         except (trio.BrokenResourceError, OSError) as error:
-            self._broke = f"the connection broke: {error.__cause__ or error}"
-            raise LinkEnded("reset", self._broke) from error
+            raise LinkEnded("reset", _how_it_broke(error)) from error
         self._is_mid_frame = False
         self._last_sent = trio.current_time()
-
-
-class _Port(Protocol):
-    """How bytes get in and out of a stream.
-
-    Before either, `take_turn`: the one place where a cancellation that is due already is noticed in time.
-    """
-
-    async def take_turn(self) -> None: ...
-    async def read(self) -> bytes: ...
-    async def write(self, data: Buffer, stall_limit_s: float) -> None: ...
-
-
-class _StreamPort:
-    """Any trio stream, by its public methods."""
-
-    def __init__(self, stream: trio.abc.Stream) -> None:
-        self._stream = stream
-
-    async def take_turn(self) -> None:
-        await trio.lowlevel.checkpoint_if_cancelled()
-
-    async def read(self) -> bytes:
-        return bytes(await self._stream.receive_some(READ_BYTES))
-
-    async def write(self, data: Buffer, stall_limit_s: float) -> None:
-        with trio.fail_after(stall_limit_s):  # how much of it the peer has taken, a stream does not tell
-            await self._stream.send_all(data)
-
-
-class _SocketPort:
-    """A socket by its descriptor: try first, wait only if the kernel has nothing to give or no room.
-
-    trio's own methods visit the scheduler on every call, which costs several times the system call itself. Here other
-    tasks get their turn whenever there is something to wait for, and at least once in `_BURST` calls.
-    """
-
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self._socket = stream.socket
-        self._in_a_row = 0
-        self._read_bytes = READ_BYTES
-
-    async def take_turn(self) -> None:
-        self._in_a_row += 1
-        if self._in_a_row >= _BURST:
-            self._in_a_row = 0
-            await trio.lowlevel.checkpoint()
-
-    async def read(self) -> bytes:
-        while True:
-            try:
-                data = os.read(self._descriptor(), self._read_bytes)
-            except BlockingIOError:
-                self._in_a_row = 0
-                await trio.lowlevel.wait_readable(self._socket)
-            else:
-                self._read_bytes = BULK_READ_BYTES if len(data) >= READ_BYTES else READ_BYTES
-                return data
-
-    async def write(self, data: Buffer, stall_limit_s: float) -> None:
-        rest = memoryview(data)
-        while True:
-            try:  # noqa: SIM105  # contextlib.suppress costs half as much as the write itself
-                rest = rest[os.write(self._descriptor(), rest) :]
-            except BlockingIOError:
-                pass
-            if not rest:
-                return
-            self._in_a_row = 0
-            with trio.fail_after(stall_limit_s):
-                await trio.lowlevel.wait_writable(self._socket)
-
-    def _descriptor(self) -> int:
-        descriptor = self._socket.fileno()
-        if descriptor < 0:
-            raise trio.ClosedResourceError("the link was closed here")
-        return descriptor
 
 
 def describe(hello: Hello | None) -> str:
@@ -399,3 +357,17 @@ def describe(hello: Hello | None) -> str:
     kind = {Role.CLIENT_AGENT: "enta client", Role.SERVER_AGENT: "enta server", Role.GATEWAY: "entg"}[hello.role]
     addresses = "".join(f" {interface}" for interface in hello.tun)
     return f"{kind} {hello.instance!r}{addresses}"
+
+
+def _take_nothing(_: Packets) -> bool:
+    """Leave every run of packets to the task that receives."""
+    return False
+
+
+def _is_not_the_end(_: bytes) -> bool:
+    """Take no notice of what a peer says after our farewell."""
+    return False
+
+
+def _how_it_broke(error: Exception) -> str:
+    return f"the connection broke: {error.__cause__ or error}"

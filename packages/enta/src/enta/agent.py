@@ -207,17 +207,24 @@ class Agent:
 
     async def _pump(self, tun: Tun) -> NoReturn:
         """Carry what local programs send, in order: device, filter, link."""
-        judge, dropped = self._filter.judge_outbound, self._dropped
+
+        def take(packets: list[bytes]) -> bool:
+            packets[:] = self._admitted(packets)  # in place: what is not taken here is returned there
+            return not packets or self._uplink.send_at_once(packets)
+
         while True:
-            packets = []
-            for packet in await tun.read_packets(PACKETS_A_TURN):
-                reason = judge(packet)
-                if reason is None:
-                    packets.append(packet)
-                else:
-                    dropped[reason] += 1
-            if packets:
-                await self._uplink.send(packets)
+            await self._uplink.send(await tun.read_packets(PACKETS_A_TURN, take))
+
+    def _admitted(self, packets: list[bytes]) -> list[bytes]:
+        """Leave out, and count, what does not belong into the tunnel."""
+        judge, admitted = self._filter.judge_outbound, []
+        for packet in packets:
+            reason = judge(packet)
+            if reason is None:
+                admitted.append(packet)
+            else:
+                self._dropped[reason] += 1
+        return admitted
 
     def _inject(self, packets: Packets) -> None:
         """Hand what the gateway sent to the kernel, as far as the plan allows it."""

@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import struct
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ from typing import Final, Self
 
 import trio
 from enlink.errors import CannotCreate, EngError, NotPermitted, SystemFailure, UsageError
+from enlink.pump import current_pump, while_readable
 
 # From linux/if_tun.h and linux/if.h.
 _TUNSETIFF: Final = 0x400454CA
@@ -83,11 +85,14 @@ class Tun:
         if descriptor == -1:
             return
         if trio.lowlevel.in_trio_run():
-            trio.lowlevel.notify_closing(descriptor)
+            current_pump().forget(descriptor)
         os.close(descriptor)
 
-    async def read_packets(self, limit: int = 64) -> list[bytes]:
+    async def read_packets(self, limit: int = 64, take: Callable[[list[bytes]], bool] = lambda _: False) -> list[bytes]:
         """Wait for traffic, then return 1 to *limit* whole IP packets, oldest first.
+
+        With *take*, batches that it returns True for are done with, and the first other one is returned. It must not
+        block: it is called while no task runs, which makes this the fast way. See enlink.pump.
 
         A device that is down is one without traffic.
 
@@ -99,14 +104,21 @@ class Tun:
         Cancellation loses no packet. A checkpoint only when there was nothing to read, and on every eighth call: a
         wake-up for each batch costs more than the batch. Source: Linux Documentation/networking/tuntap.rst.
         """
+        packets: list[bytes] = []
+
+        def step() -> bool:
+            nonlocal packets
+            packets = self._drain(limit)
+            return not packets or take(packets)
+
         self._reads_without_checkpoint += 1
         if self._reads_without_checkpoint == _BURST:
             self._reads_without_checkpoint = 0
             # Before reading: nothing may be cancelled between taking packets and returning them.
             await trio.lowlevel.checkpoint()
-        while not (packets := self._drain(limit)):
+        if step():
             self._reads_without_checkpoint = 0
-            await trio.lowlevel.wait_readable(self._descriptor)
+            await while_readable(self._descriptor, step)
         return packets
 
     def write_packet(self, packet: bytes | memoryview) -> WriteDrop | None:

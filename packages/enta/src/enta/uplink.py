@@ -22,7 +22,6 @@ from enlink.supervise import Backoff
 
 # Choices of ours.
 QUEUE_LIMIT_BYTES: Final = 1024 * 1024  # sixteen of the largest packets, or seven hundred of the usual ones
-LONG_RUN: Final = 256  # packets
 _PROVED_GOOD_S: Final = 1.0
 
 _logger = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class Uplink:
     """Keeps one link to the gateway.
 
     Args:
-        deliver: takes what the gateway sends, at once and without blocking.
+        deliver: takes what the gateway sends, at once and without blocking. Called while no task runs, see `Link`.
         wire: ``original`` for a gateway that knows no control messages.
         is_once: the first failure is the end, instead of another attempt.
 
@@ -110,6 +109,18 @@ class Uplink:
             "last_error": self._last_error,
             "queued": {"packets": len(self._queue), "bytes": self._queue.size_bytes},
         }
+
+    def send_at_once(self, packets: list[bytes]) -> bool:
+        """Send packets, oldest first, if that can be done without waiting; else do nothing, and return False."""
+        link = self._link
+        if link is None or len(self._queue) or not link.can_send_at_once:
+            return False
+        encoded = encode_packets(packets)
+        if not link.send_at_once(encoded):
+            return False
+        self._sent["packets"] += len(packets)
+        self._sent["bytes"] += len(encoded)
+        return True
 
     async def send(self, packets: list[bytes]) -> None:
         """Send packets, oldest first, waiting while the link has no room; without a link, queue them."""
@@ -161,12 +172,8 @@ class Uplink:
                 self.has_been_up.set()
                 if len(self._queue):
                     await self._transmit(link, self._queue.take_all())
-                while True:
-                    packets = await link.receive()
-                    self._deliver(packets)
-                    # Small packets cost more than the reading of them, after which the link gives others their turn.
-                    if packets.count >= LONG_RUN:
-                        await trio.lowlevel.checkpoint()
+                await link.receive(self._take)
+                raise AssertionError("unreachable: everything is taken")
         except* LinkEnded as ended:
             # Nobody hears farewells on a link that is gone; and to who broke the protocol, it was not we who stopped.
             fault = next((error for error in leaves(ended) if isinstance(error, PeerFault)), None)
@@ -177,6 +184,10 @@ class Uplink:
             if self._link is not None:
                 self._set_link(None)
             await link.aclose(farewell)
+
+    def _take(self, packets: Packets) -> bool:
+        self._deliver(packets)
+        return True
 
     async def _transmit(self, link: Link, packets: list[bytes]) -> None:
         encoded = encode_packets(packets)

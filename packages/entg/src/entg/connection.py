@@ -7,6 +7,7 @@ import math
 import struct
 import termios
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final, TypeVar
 
 import trio
@@ -67,13 +68,13 @@ class Connection:
                 return await wait()
         return None
 
-    async def receive(self) -> Packets | None:
-        """Wait for packets; None once there is nothing more to pass on.
+    async def receive(self, take: Callable[[Packets], bool] | None = None) -> Packets | None:
+        """Wait for packets that *take* does not take at once; None once there is nothing more to pass on.
 
         After `stop_reading` that is what the kernel holds by then, however slow the receiver of it all is, and for a
         second at most whatever else comes without a pause.
         """
-        packets = await self.unless_stopped(self.link.receive)
+        packets = await self.unless_stopped(partial(self.link.receive, take))
         return await self._receive_last() if packets is None else packets
 
     async def _receive_last(self) -> Packets | None:

@@ -97,9 +97,18 @@ class Leg:
             self._drop("stalled" if ended.reason == "stalled" else "link_ended", packets)
             self._give_up(holder, ended)
             return
-        holder.last_sent_s = trio.current_time()
-        self._sent["packets"] += packets.count
-        self._sent["bytes"] += len(packets.encoded)
+        self._note_sent(holder, packets)
+
+    def send_at_once(self, packets: Packets) -> bool:
+        """Do what `send` does, if that can be done without waiting."""
+        holder = self._place.holder
+        if holder is None:
+            self._drop("no_link", packets)
+        elif not holder.link.send_at_once(packets.encoded):
+            return False
+        else:
+            self._note_sent(holder, packets)
+        return True
 
     async def listen(self, listeners: list[trio.SocketListener], connections: trio.Nursery) -> None:
         """Accept everyone until cancelled. Connections live in *connections*, and stay."""
@@ -238,10 +247,19 @@ class Leg:
         return True
 
     async def _forward(self, connection: Connection) -> None:
+        received = self._received
+
+        def take(packets: Packets) -> bool:
+            is_taken = self._router.forward_at_once(self, packets)
+            if is_taken:
+                received["packets"] += packets.count
+                received["bytes"] += len(packets.encoded)
+            return is_taken
+
         try:
-            while (packets := await connection.receive()) is not None:
-                self._received["packets"] += packets.count
-                self._received["bytes"] += len(packets.encoded)
+            while (packets := await connection.receive(take)) is not None:
+                received["packets"] += packets.count
+                received["bytes"] += len(packets.encoded)
                 await self._router.forward(self, packets)
                 # Small packets cost more than the reading of them, after which the link gives others their turn.
                 if packets.count >= LONG_RUN:
@@ -278,6 +296,11 @@ class Leg:
         self._vacate(connection)
         if connection in self._connections:
             self._connections.remove(connection)
+
+    def _note_sent(self, holder: Connection, packets: Packets) -> None:
+        holder.last_sent_s = trio.current_time()
+        self._sent["packets"] += packets.count
+        self._sent["bytes"] += len(packets.encoded)
 
     def _drop(self, reason: str, packets: Packets) -> None:
         self._sent_dropped[reason] += packets.count

@@ -1,0 +1,185 @@
+"""How the bytes of a link get in and out of a stream: the fast way for sockets, the usual one for all others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, Protocol
+
+import trio
+
+from enlink.frame import Buffer
+from enlink.pump import current_pump, while_readable
+
+# Choices of ours.
+# A buffer of more than 128 KiB is mapped, faulted in and unmapped by malloc for each read, which costs ten times the
+# reading of a small packet. So the larger one is for when the smaller one was filled.
+READ_BYTES: Final = 64 * 1024
+BULK_READ_BYTES: Final = 256 * 1024
+_BURST: Final = 16  # operations that find the kernel ready before other tasks get their turn
+
+Digest = Callable[[bytes], bool]
+
+
+class Port(Protocol):
+    """How bytes get in and out of a stream.
+
+    Before either, `take_turn`: the one place where a cancellation that is due already is noticed in time.
+
+    Attributes:
+        failure: why a write failed. The kernel tells that once, and who reads sees no more than an end.
+        has_unsent: what `offer` took waits for room.
+        takes_offers: `offer` is of use here.
+    """
+
+    failure: Exception | None
+    takes_offers: bool
+
+    @property
+    def has_unsent(self) -> bool: ...
+    async def take_turn(self) -> None: ...
+    async def read(self, digest: Digest) -> bool:
+        """Read and *digest* until that returns False, or the stream has ended. Returns whether it goes on."""
+
+    async def write(self, data: Buffer, stall_limit_s: float) -> None:
+        """Write all of *data*, after what is unsent.
+
+        Raises:
+            OSError, trio.BrokenResourceError: it cannot be written, now or ever.
+            trio.TooSlowError: nothing at all was taken for *stall_limit_s*.
+        """
+
+    def offer(self, data: Buffer, /) -> bool:
+        """Take *data* without waiting, or return False; not to be called while there is `unsent`.
+
+        What the kernel has no room for follows as soon as it has, and before anything else.
+        """
+
+    def close(self) -> None:
+        """Let go of the stream, which is about to be closed."""
+
+
+class StreamPort:
+    """Any trio stream, by its public methods."""
+
+    takes_offers: bool = False
+    has_unsent = False
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+        self.failure: Exception | None = None
+
+    async def take_turn(self) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    async def read(self, digest: Digest) -> bool:
+        while data := await self._stream.receive_some(READ_BYTES):
+            if not digest(bytes(data)):
+                return True
+        return False
+
+    async def write(self, data: Buffer, stall_limit_s: float) -> None:
+        try:
+            with trio.fail_after(stall_limit_s):  # how much of it the peer has taken, a stream does not tell
+                await self._stream.send_all(data)
+        except (trio.BrokenResourceError, OSError) as error:
+            self.failure = error
+            raise
+
+    def offer(self, _: Buffer, /) -> bool:
+        return False
+
+    def close(self) -> None: ...
+
+
+class SocketPort:
+    """A socket by its descriptor: try first, wait only if the kernel has nothing to give or no room.
+
+    trio's own methods visit the scheduler on every call, which costs several times the system call itself. Here other
+    tasks get their turn whenever there is something to wait for, and at least once in `_BURST` calls.
+    """
+
+    takes_offers: bool = True
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.failure: Exception | None = None
+        self._socket = stream.socket
+        self._unsent: Buffer = b""
+        self._in_a_row = 0
+        self._read_bytes = READ_BYTES
+
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self._unsent)
+
+    async def take_turn(self) -> None:
+        self._in_a_row += 1
+        if self._in_a_row >= _BURST:
+            self._in_a_row = 0
+            await trio.lowlevel.checkpoint()
+
+    async def read(self, digest: Digest) -> bool:
+        descriptor = self._descriptor()
+        is_open = True
+
+        def step() -> bool:
+            nonlocal is_open
+            try:
+                data = os.read(descriptor, self._read_bytes)
+            except BlockingIOError:
+                return True
+            self._read_bytes = BULK_READ_BYTES if len(data) >= READ_BYTES else READ_BYTES
+            is_open = bool(data)
+            return is_open and digest(data)
+
+        if step():
+            self._in_a_row = 0
+            await while_readable(descriptor, step)
+        return is_open
+
+    async def write(self, data: Buffer, stall_limit_s: float) -> None:
+        if self._unsent:
+            current_pump().on_writable(self._descriptor(), None)
+        for rest in (self._unsent, data):
+            self._unsent = b""
+            while rest := self._write(rest):
+                self._in_a_row = 0
+                with trio.fail_after(stall_limit_s):
+                    await trio.lowlevel.wait_writable(self._socket)
+
+    def offer(self, data: Buffer, /) -> bool:
+        self._unsent = self._write(data)
+        if self._unsent:
+            current_pump().on_writable(self._descriptor(), self._write_unsent)
+        return True
+
+    def close(self) -> None:
+        if self._socket.fileno() >= 0:
+            current_pump().forget(self._socket.fileno())
+
+    def _write(self, data: Buffer) -> Buffer:
+        """Write what there is room for, and return the rest."""
+        if self.failure is not None:
+            raise self.failure
+        try:
+            return memoryview(data)[os.write(self._descriptor(), data) :]
+        except BlockingIOError:
+            return data
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def _write_unsent(self) -> None:
+        with suppress(OSError):  # whoever writes next is told
+            self._unsent = self._write(self._unsent)
+            if self._unsent:
+                return
+        self._unsent = b""
+        current_pump().on_writable(self._descriptor(), None)
+
+    def _descriptor(self) -> int:
+        descriptor = self._socket.fileno()
+        if descriptor < 0:
+            raise trio.ClosedResourceError("the link was closed here")
+        return descriptor
