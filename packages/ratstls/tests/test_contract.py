@@ -32,6 +32,7 @@ from ratstls._session import STARVED, Judge, Session
 from ratstls.config import LogLevel, SessionConfig
 from ratstls.errors import AttestationRejected, ConfigError, EvidenceError, HandshakeError, RatsTlsError
 from ratstls.evidence import Evidence
+from ratstls.verdict import Verdict
 
 NATIVE = Path(__file__).parents[3] / "tests" / "native"
 TLS_1_2 = {"OPENSSL_CONF": str(NATIVE / "tls_1_2.cnf")}
@@ -68,13 +69,6 @@ def contract(
     return decorate
 
 
-@dataclass(frozen=True)
-class Verdict:
-    accepted: bool
-    reason: str = "test"
-    text: str = "as the test wants it"
-
-
 @dataclass
 class Recorder:
     """A judge that remembers."""
@@ -86,7 +80,7 @@ class Recorder:
     def __call__(self, evidence: Evidence) -> Verdict:
         self.seen.append(evidence)
         self.threads.append(threading.get_ident())
-        return Verdict(self.accepted)
+        return Verdict(self.accepted, "accepted" if self.accepted else "debug", "as the test wants it")
 
 
 @dataclass
@@ -652,7 +646,7 @@ def test_a_no_fails_the_handshake_on_both_sides(library: Library) -> None:
     """The judge's side knows why, and the other does not."""
     ends = shake(library, judge=Recorder(accepted=False))
     assert isinstance(ends.client_error, AttestationRejected)
-    assert ends.client_error.reason == "test"
+    assert ends.client_error.reason == "debug"
     assert ends.client_error.code is not None
     assert ends.client_error.code.raw in NO_HANDSHAKE
     assert ends.client.evidence is None

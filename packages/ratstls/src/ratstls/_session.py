@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import Protocol
 
 from ratstls._ffi import CData, ffi
 from ratstls._layout import make_conf, read_evidence
@@ -24,6 +23,7 @@ from ratstls._library import Library
 from ratstls.config import SessionConfig
 from ratstls.errors import AttestationRejected, error_from
 from ratstls.evidence import Evidence
+from ratstls.verdict import Verdict
 
 _logger = logging.getLogger(__name__)
 RECEIVE_BYTES = 16_384  # a TLS record, and the library never delivers more than one
@@ -33,19 +33,6 @@ STARVED = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR})
 # gen_cert.c registers an object identifier by looking first and adding then, process-wide.
 _one_init_at_a_time = threading.Lock()
 _thread = threading.local()
-
-
-class Verdict(Protocol):
-    """What a judge says: ``reason`` is one word for counters, ``text`` a clause for people."""
-
-    @property
-    def accepted(self) -> bool: ...
-    @property
-    def reason(self) -> str: ...
-    @property
-    def text(self) -> str: ...
-
-
 Judge = Callable[[Evidence], Verdict]
 
 
