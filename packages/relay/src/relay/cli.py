@@ -20,11 +20,9 @@ from enlink.supervise import stop_signals
 
 from relay import __version__
 from relay.config import BRIDGE_SETTINGS, RELAY_SETTINGS, BridgeConfig, RelayConfig, parse_file
-from relay.descriptors import fit, pipes_for, raise_limit
-from relay.dial import is_name
 from relay.loopback import set_up_loopback
-from relay.resolver import open_resolver
-from relay.service import Relay, listening_on
+from relay.service import listening_on, open_relay
+from relay.workers import Share, Workers, own_share
 
 _DESCRIPTION = """\
 Relay passes connections on from one kind of socket to another: TCP, vsock, unix, and Firecracker's vsock over unix.
@@ -209,25 +207,46 @@ async def _relay(options: argparse.Namespace) -> None:
 
 
 async def _serve(config: RelayConfig, status_path: Path | None) -> None:
-    limit = raise_limit()
-    config = fit(config, limit)
+    if (share := own_share()) is not None:
+        await _work(share.of(config), share)
+        return
     if config.setup_loopback:
         set_up_loopback()
     async with AsyncExitStack() as stack:
         stopping = await stack.enter_async_context(stop_signals())
-        targets = [bridge.target for bridge in config.bridges]
-        has_names = any(isinstance(target, Tcp) and is_name(target.host or "") for target in targets)
-        resolver = await stack.enter_async_context(open_resolver()) if has_names else None
-        relay = Relay(config, resolver, 0 if config.no_splice else pipes_for(config, limit))
+        is_alone = config.workers == 1
+        relay = await stack.enter_async_context(open_relay(config)) if is_alone else None
         listeners = await stack.enter_async_context(listening_on(config, stopping))
         if not listeners:
             return
+        workers = Workers(config, listeners)
         lock = stack.enter_context(InstanceLock("relay", str(os.getpid()), status_path=status_path))
         async with trio.open_nursery() as nursery:
-            await nursery.start(serve_status, lock.status_path, relay.snapshot)
-            announce_ready(_logger, listen=[str(bridge.listen) for bridge in config.bridges])
-            await relay.run(listeners, stopping)
+            snapshot = workers.snapshot if relay is None else relay.snapshot
+            await nursery.start(serve_status, lock.status_path, snapshot)
+            if relay is None:
+                nursery.start_soon(_announce_workers, config, workers)
+                await workers.run(stopping)
+            else:
+                _announce(config)
+                await relay.run(listeners, stopping)
             nursery.cancel_scope.cancel()
+
+
+async def _work(config: RelayConfig, share: Share) -> None:
+    async with stop_signals() as stopping, open_relay(config) as relay, trio.open_nursery() as nursery:
+        nursery.start_soon(share.report, relay, stopping)
+        await relay.run(share.sockets(), stopping)
+        nursery.cancel_scope.cancel()
+
+
+async def _announce_workers(config: RelayConfig, workers: Workers) -> None:
+    await workers.wait_until_ready()
+    _announce(config)
+
+
+def _announce(config: RelayConfig) -> None:
+    announce_ready(_logger, listen=" ".join(str(bridge.listen) for bridge in config.bridges))
 
 
 async def _status(options: argparse.Namespace) -> None:

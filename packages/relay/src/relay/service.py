@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 from enlink.activation import take_inherited_sockets
+from enlink.endpoint import Tcp
 from enlink.listener import listening
 from enlink.program import RateLimitedLog, log_event
 from enlink.splice import Mover
@@ -17,8 +17,9 @@ from enlink.supervise import Stopping
 
 from relay.bridge import Bridge
 from relay.config import RelayConfig
-from relay.dial import Target
-from relay.resolver import Resolver
+from relay.descriptors import fit, pipes_for, raise_limit
+from relay.dial import Target, is_name
+from relay.resolver import Resolver, open_resolver
 
 _logger = logging.getLogger(__name__)
 
@@ -51,12 +52,30 @@ async def listening_on(config: RelayConfig, stopping: Stopping) -> AsyncIterator
         yield [] if stopping.is_set else found
 
 
+@asynccontextmanager
+async def open_relay(config: RelayConfig) -> AsyncIterator[Relay]:
+    """Make the relay of this process, with the name look-ups and the descriptors that it needs.
+
+    Raises:
+        ConfigError: a bridge's rules can never allow its target, or there are too few descriptors.
+    """
+    limit = raise_limit()
+    config = fit(config, limit)
+    max_pipes = 0 if config.no_splice else pipes_for(config, limit)
+    targets = [bridge.target for bridge in config.bridges]
+    if not any(isinstance(target, Tcp) and is_name(target.host or "") for target in targets):
+        yield Relay(config, None, max_pipes)
+        return
+    async with open_resolver() as resolver:
+        yield Relay(config, resolver, max_pipes)
+
+
 def _without_trio(listener: trio.SocketListener) -> socket.socket:
-    """A second descriptor of a listener: accepting one by one, as trio does, is slow."""
+    """Take a listener's socket: accepting one by one, as trio does, is slow."""
     sock = listener.socket
-    twin = socket.socket(sock.family, sock.type, sock.proto, os.dup(sock.fileno()))
-    twin.setblocking(False)
-    return twin
+    plain = socket.socket(sock.family, sock.type, sock.proto, sock.detach())
+    plain.setblocking(False)
+    return plain
 
 
 class Relay:
