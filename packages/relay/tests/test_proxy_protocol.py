@@ -98,11 +98,8 @@ def decode(wire: bytes) -> tuple[Connection | None, bytes]:
         ports = [int.from_bytes(block[at : at + 2], "big") for at in (2 * width, 2 * width + 2)]
         connection = TcpConnection(kind_of(block[:width]), ports[0], kind_of(block[width : 2 * width]), ports[1])
     elif family == 3:
-        names = [
-            half[:1].replace(b"\0", b"@" if half.strip(b"\0") else b"") + half[1:]
-            for half in (block[:108], block[108:])
-        ]
-        connection = UnixConnection(*(name.rstrip(b"\0").decode() for name in names))
+        halves = [block[:108].rstrip(b"\0"), block[108:].rstrip(b"\0")]
+        connection = UnixConnection(*(half.decode().replace("\0", "@") for half in halves))
     elif 0xE5 in tlvs:
         value = tlvs.pop(0xE5)
         assert len(value) == 16
@@ -113,8 +110,9 @@ def decode(wire: bytes) -> tuple[Connection | None, bytes]:
 
 
 u16, u32 = st.integers(0, 65535), st.integers(0, 2**32 - 1)
-v4, v6 = st.ip_addresses(v=4), st.ip_addresses(v=6).filter(lambda address: address.ipv4_mapped is None)
-names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=26).map("{}".format)
+v4 = st.integers(0, 2**32 - 1).map(IPv4Address)
+v6 = st.integers(0, 2**128 - 1).filter(lambda number: number >> 32 != 0xFFFF).map(IPv6Address)
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=26)
 paths = st.sampled_from(["", "/run/app.sock", "@abstract"]) | names.map("/{}".format) | names.map("@x{}".format)
 connections: st.SearchStrategy[Connection | None] = (
     st.none()
