@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import standin
 from ratstls._library import DEFAULT_PATH, VARIABLE
 from ratstls._plugins import list_plugins
-
-
-@dataclass(frozen=True)
-class Installation:
-    """A library and what a process needs in its environment to load it."""
-
-    name: str
-    path: Path
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {**standin.ALLOWED, VARIABLE: str(self.path)}
-
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run Python in a process of its own: whatever a library does to it, this one lives."""
-        command = [sys.executable, "-I", *arguments]
-        merged = {**os.environ, **self.environment, **environment}
-        return subprocess.run(command, env=merged, capture_output=True, text=True, timeout=50, check=False)
+from standin import Installation
 
 
 def _real() -> list[Path]:
@@ -57,7 +37,7 @@ def standin_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def library(request: pytest.FixtureRequest, standin_path: Path) -> Installation:
     name: str = request.param
-    return Installation(name, standin_path if name == "stand-in" else Path(name.removeprefix("real:")))
+    return Installation(standin_path if name == "stand-in" else Path(name.removeprefix("real:")))
 
 
 attesting_library = library
