@@ -11,9 +11,12 @@ import socket
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any, Final
 
 import trio
+from enlink.connection import name_of
+from enlink.endpoint import CID_ANY, Tcp, Unix, Vsock
 from enlink.errors import EngError
 from enlink.program import RateLimitedLog, log_event
 from enlink.splice import Limits, Mover
@@ -21,6 +24,7 @@ from enlink.status import Counters
 
 from relay.config import BridgeConfig
 from relay.dial import Target
+from relay.proxy_protocol import TcpConnection, UnixConnection, VsockConnection, encode_header
 
 # Choices of ours.
 _ACCEPT_PAUSE_S: Final = 0.1
@@ -101,7 +105,7 @@ class Bridge:
 
     async def _carry(self, client: socket.socket, peer: Any) -> None:
         try:
-            target = await self._reach(client)
+            target = await self._reach(client, peer)
             if target is None:
                 return
             outcome = await self._mover.bridge(client, target, self._limits)
@@ -114,12 +118,15 @@ class Bridge:
             self._active -= 1
             self._freed.set()
 
-    async def _reach(self, client: socket.socket) -> socket.socket | None:
+    async def _reach(self, client: socket.socket, peer: Any) -> socket.socket | None:
         """Return a connection to the target; None if there is none to be had, and the client's is closed."""
         try:
             tune(client)
             target = await self._target.connect()
             tune(target)
+            if self._config.proxy_protocol:
+                # Nothing has been sent before, so there is room for all of it.
+                target.send(encode_header(_as_announced(client, peer)))
         except (EngError, OSError) as error:
             abort(client)
             self._ended["unreachable"] += 1
@@ -129,6 +136,22 @@ class Bridge:
             abort(client)
             raise
         return target
+
+
+def _as_announced(client: socket.socket, peer: Any) -> TcpConnection | VsockConnection | UnixConnection:
+    """Say who connected, and where, for the PROXY protocol."""
+    match name_of(client.family, peer), name_of(client.family, client.getsockname()):
+        case Tcp(str(host), port), Tcp(str(local_host), local_port):
+            return TcpConnection(ip_address(host), port, ip_address(local_host), local_port)
+        case Vsock(cid, port), Vsock(local_cid, local_port):
+            return VsockConnection(_number(cid), port, _number(local_cid), local_port)
+        case Unix(path), Unix(local_path):
+            return UnixConnection(path, local_path)
+    raise AssertionError(client.family)
+
+
+def _number(cid: int | None) -> int:
+    return CID_ANY if cid is None else cid
 
 
 def tune(sock: socket.socket) -> None:
