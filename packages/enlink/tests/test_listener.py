@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import resource
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +15,10 @@ from typing import Any, ParamSpec
 
 import pytest
 import trio
-from enlink.connection import Unreachable, connect_tcp
-from enlink.endpoint import Tcp
-from enlink.errors import NotPermitted, Unavailable
-from enlink.listener import BIND_PATIENCE_S, listen_tcp
+from enlink.connection import Unreachable, connect_tcp, open_connection
+from enlink.endpoint import Endpoint, HybridVsock, Systemd, Tcp, Unix, Vsock
+from enlink.errors import CannotCreate, ConfigError, NotPermitted, Unavailable
+from enlink.listener import BACKLOG, BIND_PATIENCE_S, accept, listen_tcp, listening
 from enlink.testing.hosts import Host, Network
 from trio.testing import MockClock, trio_test
 
@@ -60,7 +61,7 @@ def host() -> Iterator[Host]:
 
 
 @contextmanager
-def listening(address: str = LOCALHOST, port: int = 0) -> Iterator[int]:
+def listener_at(address: str = LOCALHOST, port: int = 0) -> Iterator[int]:
     """Somebody listens, and the kernel accepts for it."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as sock:
@@ -71,7 +72,7 @@ def listening(address: str = LOCALHOST, port: int = 0) -> Iterator[int]:
 
 
 def free_port() -> int:
-    with listening() as port:
+    with listener_at() as port:
         return port
 
 
@@ -201,7 +202,7 @@ async def test_an_address_that_is_not_ours_is_told_at_once(
 @in_trio
 async def test_who_has_the_port_is_named_after_some_patience(clock: MockClock, address: str | None, shown: str) -> None:
     before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208  # the names are all there is to it
-    with listening(address or LOCALHOST) as port, pytest.raises(Unavailable) as raised:
+    with listener_at(address or LOCALHOST) as port, pytest.raises(Unavailable) as raised:
         await listen_tcp(Tcp(address, port))
     holder = f"{OWN_NAME} (pid {os.getpid()})"
     assert str(raised.value) == f"cannot listen on {shown.format(port)}: {holder} has the port"
@@ -212,10 +213,10 @@ async def test_who_has_the_port_is_named_after_some_patience(clock: MockClock, a
 @pytest.mark.proves("F67")
 @in_trio
 async def test_whoever_has_the_second_of_two_addresses_gets_the_first_one_freed(clock: MockClock) -> None:
-    with listening("::1") as port:
+    with listener_at("::1") as port:
         with pytest.raises(Unavailable, match=r"cannot listen on \[::\]:\d+: .* has the port"):
             await listen_tcp(Tcp(None, port))
-        with listening(LOCALHOST, port):
+        with listener_at(LOCALHOST, port):
             pass
 
 
@@ -236,7 +237,7 @@ def test_a_holder_that_proc_does_not_show_is_another_process(host: Host, clock: 
 @pytest.mark.proves("F67")
 @in_trio
 async def test_waiting_for_a_port_can_be_cancelled(clock: MockClock) -> None:
-    with listening() as port:
+    with listener_at() as port:
         async with trio.open_nursery() as nursery:
             listeners: list[trio.SocketListener] = []
 
@@ -247,7 +248,7 @@ async def test_waiting_for_a_port_can_be_cancelled(clock: MockClock) -> None:
             await trio.sleep(BIND_PATIENCE_S / 2)
             nursery.cancel_scope.cancel()
     assert not listeners
-    with listening(LOCALHOST, port):
+    with listener_at(LOCALHOST, port):
         pass
 
 
@@ -256,7 +257,7 @@ async def test_waiting_for_a_port_can_be_cancelled(clock: MockClock) -> None:
 async def test_a_port_that_becomes_free_is_taken(clock: MockClock) -> None:
     listeners: list[trio.SocketListener] = []
     async with trio.open_nursery() as nursery:
-        with listening() as port:
+        with listener_at() as port:
 
             @nursery.start_soon
             async def start() -> None:
@@ -306,7 +307,7 @@ async def test_the_holder_is_named_on_a_kernel_without_ipv6_too(
         return real(path)
 
     monkeypatch.setattr(Path, "read_text", without_ipv6)
-    with listening() as port, pytest.raises(Unavailable, match=rf"pid {os.getpid()}\) has the port"):
+    with listener_at() as port, pytest.raises(Unavailable, match=rf"pid {os.getpid()}\) has the port"):
         await listen_tcp(Tcp(LOCALHOST, port))
 
 
@@ -320,3 +321,207 @@ def test_a_low_port_needs_a_right(host: Host) -> None:
 
     with host.entered():
         trio.run(main)
+
+
+@in_trio
+async def test_a_family_is_kept_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    for family, address in ((4, "0.0.0.0"), (6, "::")):
+        async with listening(Tcp(None, 0, family)) as listeners:  # type: ignore[arg-type]  # 4 and 6 are what it takes
+            assert [there for there, _ in addresses_of(listeners)] == [address]
+
+
+@in_trio
+async def test_a_port_can_be_shared_by_several_who_say_so() -> None:
+    async with listening(Tcp(LOCALHOST, 0), is_shared=True) as one:
+        ((_, port),) = addresses_of(one)
+        async with listening(Tcp(LOCALHOST, port), is_shared=True) as other:
+            assert addresses_of(other) == addresses_of(one)
+    for endpoint in (Vsock(None, 8888), Unix("@app"), HybridVsock("/run/v.sock", 1), Systemd("web")):
+        with pytest.raises(ConfigError, match=f"several processes cannot share {endpoint}"):
+            async with listening(endpoint, is_shared=True):
+                pass
+
+
+def test_the_loopback_of_an_enclave_is_told_from_an_address_that_is_not_ours() -> None:
+    async def main() -> None:
+        for host, hint in (("::1", True), ("192.0.2.1", False)):
+            with pytest.raises(Unavailable) as raised:
+                await listen_tcp(Tcp(host, 80))
+            assert str(raised.value).endswith("as relay does with --setup-loopback") is hint
+
+    with Network() as network:
+        host = network.host("enclave")
+        host.run("ip", "link", "set", "lo", "down")
+        host.run("ip", "address", "flush", "dev", "lo")
+        with host.entered():
+            trio.run(main)
+
+
+# Unix, and what a guest reaches through it.
+
+
+async def greeted(listeners: list[trio.SocketListener], endpoint: Endpoint) -> Endpoint:
+    """Send a word through each listener, and return who it came from."""
+    (listener,) = listeners
+    dialled = await open_connection(endpoint, PATIENCE_S)
+    accepted = await accept(listener)
+    with dialled.socket, accepted.socket:
+        await dialled.socket.send(b"hello")
+        assert await accepted.socket.recv(5) == b"hello"
+        if isinstance(endpoint, Tcp):
+            host, port = dialled.socket.getsockname()[:2]
+            assert accepted.peer == Tcp(host, port)
+    return accepted.peer
+
+
+@in_trio
+async def test_every_kind_is_listened_on_and_its_peers_are_named(tmp_path: Path) -> None:
+    async with listening(Tcp("::1", 0)) as listeners:
+        await greeted(listeners, Tcp("::1", addresses_of(listeners)[0][1]))
+    for endpoint in (Unix(f"{tmp_path}/app"), Unix(f"@{tmp_path}")):
+        async with listening(endpoint) as listeners:
+            assert await greeted(listeners, endpoint) == Unix("")
+        with pytest.raises(Unreachable):
+            await open_connection(endpoint, PATIENCE_S)
+    async with listening(HybridVsock(f"{tmp_path}/v.sock", 52)) as listeners:
+        assert await greeted(listeners, Unix(f"{tmp_path}/v.sock_52")) == Unix("")
+    assert [*await trio.Path(tmp_path).iterdir()] == []
+
+
+@in_trio
+async def test_a_name_is_kept_from_others_until_the_block_ends(tmp_path: Path, clock: MockClock) -> None:
+    for endpoint in (Unix(f"{tmp_path}/app"), Unix(f"@{tmp_path}"), HybridVsock(f"{tmp_path}/v", 1)):
+        async with listening(endpoint):
+            began = trio.current_time()
+            with pytest.raises(Unavailable, match=r"cannot listen on unix:.*: another program listens there"):
+                async with listening(endpoint):
+                    pass
+            assert BIND_PATIENCE_S <= trio.current_time() - began <= BIND_PATIENCE_S + 1
+        async with listening(endpoint):
+            pass
+
+
+@in_trio
+async def test_a_name_that_becomes_free_is_taken(tmp_path: Path, clock: MockClock) -> None:
+    endpoint = Unix(f"{tmp_path}/app")
+    async with trio.open_nursery() as nursery, listening(endpoint):
+
+        @nursery.start_soon
+        async def start() -> None:
+            async with listening(endpoint) as listeners:
+                await greeted(listeners, endpoint)
+
+        await trio.sleep(BIND_PATIENCE_S / 2)
+
+
+@in_trio
+async def test_who_may_connect_is_said_by_the_mode(tmp_path: Path) -> None:
+    path = trio.Path(tmp_path / "app")
+    for mode in (0o600, 0o660):
+        async with listening(Unix(str(path)), unix_mode=mode):
+            assert (await path.stat()).st_mode & 0o777 == mode
+
+
+@in_trio
+async def test_a_path_with_something_else_on_it_is_refused(tmp_path: Path, still_clock: MockClock) -> None:
+    with pytest.raises(CannotCreate, match="which is no socket"):
+        async with listening(Unix(str(tmp_path))):
+            pass
+
+
+@pytest.mark.proves("F53")
+@in_trio
+async def test_a_lack_of_descriptors_is_told() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for endpoint in (Unix("@app"), Vsock(None, 8888)):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+        try:
+            with pytest.raises(Unavailable, match=f"cannot listen on {endpoint}: Too many open files"):
+                async with listening(endpoint):
+                    pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+# Systemd.
+
+
+@in_trio
+async def test_what_systemd_listens_on_is_taken_over(tmp_path: Path) -> None:
+    one, other = socket.create_server((LOCALHOST, 0)), socket.create_server(("::1", 0), family=socket.AF_INET6)
+    where = [Tcp(*sock.getsockname()[:2]) for sock in (one, other)]
+    inherited = {"web": [one, other]}
+    async with listening(Systemd("web"), inherited=inherited) as listeners:
+        for listener, endpoint in zip(listeners, where, strict=True):
+            await greeted([listener], endpoint)
+    assert inherited == {}
+    assert addresses_of_closed(listeners) == [-1, -1]
+    with pytest.raises(ConfigError, match="systemd passes no socket called web"):
+        async with listening(Systemd("web"), inherited=inherited):
+            pass
+    with pytest.raises(ConfigError, match=r"start this by its \.socket unit"):
+        async with listening(Systemd("web")):
+            pass
+
+
+def addresses_of_closed(listeners: list[trio.SocketListener]) -> list[int]:
+    return [listener.socket.fileno() for listener in listeners]
+
+
+# Vsock, as far as it goes without binding: see test_real_vsock.py.
+
+
+@pytest.fixture
+def bound(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What sockets are bound to; a number in front is the error that meets them."""
+    asked: list[Any] = []
+
+    async def bind(sock: trio.socket.SocketType, address: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        asked.append((sock.family, address))
+        raise OSError(asked[0], os.strerror(asked[0]))
+
+    monkeypatch.setattr("trio._socket._SocketType.bind", bind)
+    return asked
+
+
+@pytest.mark.proves("F67")
+@pytest.mark.parametrize(
+    ("number", "kind", "text", "attempts"),
+    [
+        (errno.EADDRINUSE, Unavailable, "another process has the port", 50),
+        (errno.EACCES, NotPermitted, "ports below 1024 need CAP_NET_BIND_SERVICE", 1),
+        (errno.EADDRNOTAVAIL, Unavailable, "cid 16 is not this machine's, which is 3: write vsock://:888 to listen", 1),
+    ],
+)
+@in_trio
+async def test_why_a_vsock_port_is_not_listened_on_is_told(
+    clock: MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    bound: list[Any],
+    number: int,
+    kind: Any,
+    text: str,
+    attempts: int,
+) -> None:
+    monkeypatch.setattr("enlink.vsock.local_cid", lambda: 3)
+    bound.append(number)
+    with pytest.raises(kind, match=f"cannot listen on vsock://16:888: {text}"):
+        async with listening(Vsock(16, 888)):
+            pass
+    assert set(bound[1:]) == {(socket.AF_VSOCK, (16, 888))}
+    assert attempts <= len(bound) - 1 <= attempts + 2
+
+
+@in_trio
+async def test_any_cid_is_the_kernels_word_for_it(bound: list[Any]) -> None:
+    bound.append(errno.ENOMEM)
+    with pytest.raises(Unavailable, match="cannot listen on vsock://:888: Cannot allocate memory"):
+        async with listening(Vsock(None, 888)):
+            pass
+    assert bound[1:] == [(socket.AF_VSOCK, (0xFFFFFFFF, 888))]
+
+
+def test_a_backlog_holds_what_a_burst_brings() -> None:
+    """Of vsock, whoever finds it full is refused at once."""
+    assert BACKLOG >= 128

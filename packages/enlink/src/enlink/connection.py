@@ -191,6 +191,7 @@ async def _connect_by_name(endpoint: Tcp, deadline_s: float) -> Connection:
 
 
 async def _connect_unix(endpoint: Unix) -> trio.socket.SocketType:
+    await trio.lowlevel.checkpoint()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)

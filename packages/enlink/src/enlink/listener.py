@@ -7,7 +7,6 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -16,7 +15,7 @@ import trio
 from enlink import vsock
 from enlink.activation import InheritedSockets, claim
 from enlink.connection import LOOPBACK_IS_DOWN, Connection, name_of
-from enlink.endpoint import CID_ANY, Endpoint, HybridVsock, Systemd, Tcp, Unix, Vsock
+from enlink.endpoint import CID_ANY, Endpoint, HybridVsock, Tcp, Unix, Vsock
 from enlink.errors import ConfigError, NotPermitted, Unavailable
 from enlink.unix_file import UnixFile
 
@@ -63,8 +62,8 @@ async def listening(
             case Unix() | HybridVsock():
                 where = endpoint.listening if isinstance(endpoint, HybridVsock) else endpoint
                 listeners.append(await _listen_unix(where, unix_mode, stack))
-            case Systemd(name):
-                sockets = claim({} if inherited is None else inherited, name)
+            case _:
+                sockets = claim({} if inherited is None else inherited, endpoint.name)
                 listeners += [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets]
         yield listeners
 
@@ -143,20 +142,32 @@ async def _listen_vsock(endpoint: Vsock, buffer_bytes: int | None) -> trio.Socke
 async def _listen_unix(endpoint: Unix, mode: int, stack: ExitStack) -> trio.SocketListener:
     deadline = trio.current_time() + BIND_PATIENCE_S
 
-    async def bind_path() -> trio.SocketListener:
-        file = UnixFile(Path(endpoint.path), mode, BACKLOG)
-        stack.callback(file.remove)
-        return trio.SocketListener(trio.socket.from_stdlib_socket(file.socket))
-
-    async def bind_name() -> trio.SocketListener:
-        return await _bound(trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), endpoint.address)
+    async def bind() -> trio.SocketListener:
+        if endpoint.path.startswith("@"):
+            sock = _bound_to_name(endpoint)
+        else:
+            file = UnixFile(Path(endpoint.path), mode, BACKLOG)
+            stack.callback(file.remove)
+            sock = file.socket
+        return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
     try:
-        return await _patiently(bind_name if endpoint.path.startswith("@") else bind_path, deadline)
+        return await _patiently(bind, deadline)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise Unavailable(f"cannot listen on {endpoint}: another program listens there") from error
         raise Unavailable(f"cannot listen on {endpoint}: {os.strerror(error.errno or 0)}") from error
+
+
+def _bound_to_name(endpoint: Unix) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(endpoint.address)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 async def _bound(sock: trio.socket.SocketType, address: Any) -> trio.SocketListener:
@@ -192,15 +203,9 @@ def _raise_bind_failure(host: str, port: int, error: OSError) -> NoReturn:
         raise Unavailable(f"cannot listen on {where}: {holder or 'another process'} has the port") from error
     if error.errno == errno.EACCES:
         raise NotPermitted(f"cannot listen on {where}: ports below 1024 need CAP_NET_BIND_SERVICE") from error
-    hint = f"; {LOOPBACK_IS_DOWN}" if error.errno == errno.EADDRNOTAVAIL and _is_loopback(host) else ""
+    is_loopback = host in ("localhost", "::1") or host.startswith("127.")
+    hint = f"; {LOOPBACK_IS_DOWN}" if error.errno == errno.EADDRNOTAVAIL and is_loopback else ""
     raise Unavailable(f"cannot listen on {where}: {error.strerror}{hint}") from error
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _holder_of(port: int) -> str | None:

@@ -31,8 +31,8 @@ def open_socket(buffer_bytes: int | None = None) -> trio.socket.SocketType:
     """Open an unconnected stream socket.
 
     Args:
-        buffer_bytes: how much of what the peer sends may wait unread, for this socket and those that it accepts; the
-            kernel's own choice, 256 KiB, where it is missing.
+        buffer_bytes: how much may be under way in either direction, for this socket and those that it accepts; the
+            smaller of both ends' sizes counts. The kernel's own choice is 256 KiB.
 
     Raises:
         NotPermitted: a seccomp profile forbids vsock.
