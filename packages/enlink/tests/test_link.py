@@ -177,6 +177,14 @@ async def send_for_ever(stream: Stream, data: bytes) -> None:
             await stream.send_all(data)
 
 
+async def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for what no event tells of, because no task has a part in it."""
+    while True:
+        if condition():
+            return
+        await trio.sleep(0.001)
+
+
 def open_descriptors() -> set[str]:
     return set(os.listdir("/proc/self/fd"))  # noqa: PTH208  # the names are all there is to it
 
@@ -495,6 +503,108 @@ async def test_a_send_waits_for_its_peer_as_long_as_it_takes(make_tight_pair: Ma
         nursery.start_soon(side.link.aclose)
     assert heard == packets
     await peer.aclose()
+
+
+# Without a task for each run.
+
+
+@in_trio
+async def test_what_is_taken_at_once_is_not_returned() -> None:
+    side, peer = await greeted_by_hand(tcp_stream_pair)
+    taken: list[bytes] = []
+
+    def take(packets: Packets) -> bool:
+        if len(taken) == 3:
+            return False
+        taken.extend(map(bytes, packets))
+        return True
+
+    def has_taken(count: int) -> bool:
+        return len(taken) == count
+
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def speak() -> None:
+            for number in range(4):
+                await peer.send_all(encode_packets([PACKET + bytes([number])]))
+                await wait_until(partial(has_taken, min(number + 1, 3)))
+
+        assert [bytes(packet) for packet in await side.link.receive(take)] == [PACKET + b"\3"]
+    assert taken == [PACKET + bytes([number]) for number in range(3)]
+    # And without, everything is returned again.
+    await peer.send_all(FRAME)
+    assert await take_packets(side.link, 1) == [PACKET]
+    await side.link.aclose()
+    await peer.aclose()
+
+
+@in_trio
+async def test_other_messages_among_what_is_taken_are_heard() -> None:
+    side, peer = await greeted_by_hand(tcp_stream_pair)
+    taken: list[bytes] = []
+
+    def take(packets: Packets) -> bool:
+        taken.extend(map(bytes, packets))
+        return True
+
+    for message in (FRAME, encode_control(Keepalive()) + FRAME, FRAME + b"\0\0\0\0" + FRAME, FRAME[:9]):
+        await peer.send_all(message)
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def hear() -> None:
+            with pytest.raises(LinkEnded, match="enough"):
+                await side.link.receive(take)
+
+        await wait_until(lambda: len(taken) == 4)
+        await peer.send_all(FRAME[9:] + encode_control(Close("enough")))
+    assert taken == [PACKET] * 5
+    assert side.counts == {"empty": 1}
+    await side.link.aclose()
+    await peer.aclose()
+
+
+@in_trio
+async def test_what_was_sent_at_once_is_whole_when_the_link_is_closed(clock: MockClock) -> None:
+    run = encode_packets([b"\x45" + bytes(60_000)] * 40)
+    for is_eng in (True, False):
+        if is_eng:
+            side, peer = await greeted_by_hand(tcp_stream_pair)
+        else:
+            peer, here = await tcp_stream_pair(buffer_bytes=65_536)
+            side = Side(here)
+            side.link.skip_greeting()
+        assert side.link.send_at_once(run)
+        assert not side.link.can_send_at_once
+        assert not side.link.send_at_once(FRAME), "the kernel has no room, and one run waits already"
+        heard: list[Any] = []
+
+        async def listen(peer: Stream = peer, heard: list[Any] = heard) -> None:
+            heard.extend(await hear_all(peer))
+            await peer.aclose()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listen)
+            await side.link.aclose(Close("bye"))
+        assert heard == [b"\x45" + bytes(60_000)] * 40 + ([Close("bye")] if is_eng else [])
+
+
+@in_trio
+async def test_sending_at_once_to_a_peer_that_is_gone_leaves_the_telling_to_send() -> None:
+    peer, here = await tcp_stream_pair()
+    side = Side(here)
+    side.link.skip_greeting()
+    reset(peer)
+    with trio.fail_after(PATIENCE_S):
+        while side.link.send_at_once(FRAME):
+            await trio.lowlevel.checkpoint()
+    with pytest.raises(LinkEnded) as raised:
+        await side.link.send(FRAME)
+    assert raised.value.reason == "reset"
+    assert (await end_of(side.link)).reason == "reset"
+    await side.link.aclose()
+    assert not side.link.send_at_once(FRAME)
 
 
 @pytest.mark.proves("F23")

@@ -212,7 +212,9 @@ def test_a_callback_that_raises_ends_the_run_and_not_only_the_traffic(
 
     with pytest.raises(trio.TrioInternalError) as raised:
         trio.run(main)
-    assert any(isinstance(leaf, ZeroDivisionError) for leaf in leaves(raised.value.__cause__))
+    cause = raised.value.__cause__
+    assert cause is not None
+    assert any(isinstance(leaf, ZeroDivisionError) for leaf in leaves(cause))
 
 
 def test_the_clock_of_a_test_jumps_over_waiting_and_not_over_traffic(
