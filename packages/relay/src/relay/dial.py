@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Sequence
 from ipaddress import ip_address
+from typing import Final
 
 import trio
 from enlink.connection import Unreachable, connect_tcp, open_connection
@@ -15,6 +17,10 @@ from relay.addresses import Address
 from relay.allowlist import AllowList, Rule, Verdict, rule_for
 from relay.config import BridgeConfig
 from relay.resolver import NameNotResolved, Resolver
+
+# Of these there may be enough a moment later, when another connection has ended.
+_SCARCITY: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_SCARCITY_PAUSE_S: Final = 0.1  # a choice of ours
 
 
 class NotAllowed(EngError):
@@ -61,16 +67,24 @@ class Target:
             NotAllowed: none of the addresses that the target's name has now may be dialled.
             NotPermitted, Unavailable: this process, or this kernel, has no vsock.
         """
+        deadline = trio.current_time() + self._config.connect_timeout_s
+        while True:
+            try:
+                return await self._connect(round(deadline - trio.current_time(), 2))
+            except Unreachable as error:
+                is_scarcity = isinstance(error.__cause__, OSError) and error.__cause__.errno in _SCARCITY
+                if not is_scarcity or trio.current_time() + _SCARCITY_PAUSE_S >= deadline:
+                    raise
+            await trio.sleep(_SCARCITY_PAUSE_S)
+
+    async def _connect(self, timeout_s: float) -> socket.socket:
         config = self._config
         if isinstance(config.target, Tcp):
-            return await self._connect_tcp(config.target)
-        connection = await open_connection(
-            config.target, config.connect_timeout_s, vsock_buffer_bytes=config.vsock_buffer_bytes
-        )
+            return await self._connect_tcp(config.target, timeout_s)
+        connection = await open_connection(config.target, timeout_s, vsock_buffer_bytes=config.vsock_buffer_bytes)
         return _without_trio(connection.socket)
 
-    async def _connect_tcp(self, target: Tcp) -> socket.socket:
-        timeout_s = self._config.connect_timeout_s
+    async def _connect_tcp(self, target: Tcp, timeout_s: float) -> socket.socket:
         deadline = trio.current_time() + timeout_s
         failure = Unreachable(f"cannot resolve {target.host}: no answer within {timeout_s:g} s")
         with trio.move_on_at(deadline):
