@@ -8,7 +8,7 @@
  * RATSTLS_STANDIN=1 says that this is a test. Plug-ins are the file names in the four directories beside it, and these
  * variables, read at each rats_tls_init, say what its attester and verifier do:
  *
- *   STANDIN_BROKEN=1|crash         at load: exit(1), or abort()
+ *   STANDIN_BROKEN=1|crash|init    exit(1) at load, abort() at load, abort() in rats_tls_init
  *   STANDIN_MR_ENCLAVE, STANDIN_MR_SIGNER, STANDIN_ATTRIBUTES (hexadecimal), STANDIN_PRODUCT_ID, STANDIN_SECURITY_VERSION
  *   STANDIN_EVIDENCE               one of the names in `spoils` below
  *   STANDIN_ATTESTER=fails|platform-fails|no-memory     rats_tls_init returns the library's codes for that
@@ -180,7 +180,7 @@ __attribute__((constructor)) static void standin_load(void)
 	}
 	if (broken && !strcmp(broken, "crash"))
 		abort();
-	if (broken) {
+	if (broken && strcmp(broken, "init")) {
 		say(FATAL, "broken, as told");
 		exit(1);
 	}
@@ -540,8 +540,13 @@ claim_t *clone_claims_list(const claim_t *claims, size_t count)
 
 code_t rats_tls_init(const conf_t *conf, struct handle **out)
 {
+	const char *broken = getenv("STANDIN_BROKEN");
 	if (!conf || !out || conf->api_version > 1)
 		return INVALID;
+	if (broken) {
+		say(ERROR, "a plug-in failed, and its place is empty"); /* as the library falls over such a place */
+		abort();
+	}
 	struct handle *h = calloc(1, sizeof *h);
 	h->core.config = *conf;
 	h->verifier_delay_ms = number_from("STANDIN_VERIFIER_DELAY_MS", 0);

@@ -746,7 +746,6 @@ def test_both_sides_judge_in_mutual_mode(attesting_library: Library) -> None:
     assert server_judge.seen[0].custom_claims == (("i am", b"client"),)
 
 
-@pytest.mark.proves("D2")
 @contract()
 def test_a_named_verifier_refuses_a_peer_without_evidence(attesting_library: Library) -> None:
     """Before the judge is asked."""
@@ -766,7 +765,6 @@ def refused_by_the_library(library: Library, spoil: str) -> bool:
     return type(ends.client_error) is HandshakeError and judge.seen == []
 
 
-@pytest.mark.proves("D6")
 @contract()
 def test_evidence_that_the_verifier_refuses_reaches_no_judge(standin_only: Library) -> None:
     """Damaged, foreign, revoked or outdated evidence, and certificates that OpenSSL refuses."""

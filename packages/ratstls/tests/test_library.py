@@ -114,6 +114,48 @@ def test_a_library_that_ends_its_process_ends_a_childs(installation: Installatio
     assert line.endswith(": install rats-tls again, with its plug-ins")
 
 
+@pytest.mark.proves("F70")
+def test_a_library_that_crashes_over_a_plug_in_crashes_a_child(installation: Installation) -> None:
+    """The real one does where a plug-in registers and then fails; the process gets an exception each time it asks."""
+    script = """
+from ratstls._library import load
+from ratstls._session import Session
+from ratstls.config import SessionConfig
+from ratstls.errors import ConfigError
+for _ in range(2):
+    session = Session(load(), SessionConfig(attester="sgx_ecdsa", verifier="nullverifier", is_server=True), None)
+    try:
+        session.init()
+    except ConfigError as error:
+        print(error)
+"""
+    line = (
+        "making a session with attester 'sgx_ecdsa', verifier 'nullverifier', tls 'openssl' and crypto 'openssl'"
+        " crashes (SIGABRT), saying '[ERROR] a plug-in failed, and its place is empty': remove the plug-in files that"
+        " do not work on this machine"
+    )
+    assert said(installation, script, STANDIN_BROKEN="init").splitlines() == [line, line]
+
+
+def test_a_rehearsal_is_held_once(installation: Installation) -> None:
+    """For each choice of plug-ins, whatever the role."""
+    script = """
+import subprocess
+from ratstls._library import load
+from ratstls.config import SessionConfig
+library, run, count = load(), subprocess.run, 0
+def counted(*arguments, **options):
+    global count
+    count += 1
+    return run(*arguments, **options)
+subprocess.run = counted
+for attester, is_server in (("sgx_ecdsa", True), ("sgx_ecdsa", False), ("nullattester", False), ("sgx_ecdsa", True)):
+    library.rehearse(SessionConfig(attester=attester, verifier="sgx_ecdsa", is_server=is_server))
+print(count)
+"""
+    assert said(installation, script) == "2"
+
+
 def test_the_stand_in_refuses_to_be_more_than_that(installation: Installation) -> None:
     """Where nobody says that this is a test it ends the process, as a child shows."""
     line = said(installation, RATSTLS_STANDIN="")
@@ -130,8 +172,9 @@ def test_an_empty_directory_of_plug_ins_is_told(
         plugin.unlink()
     assert f"{installation.path.parent / folder} has no plug-in" in said(installation)
     monkeypatch.setenv("RATSTLS_STANDIN", "1")
-    with pytest.raises(LoadError, match="ends the process with status 1"):
-        _library._preflight(installation.path)
+    assert f"ends the process with status 1, saying '[FATAL] no plug-in in {installation.path.parent}" in str(
+        _library._try_in_child(installation.path)
+    )
 
 
 @pytest.mark.proves("F70")

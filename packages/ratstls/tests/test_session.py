@@ -100,7 +100,9 @@ def session_of(fake: FakeLibrary, config: SessionConfig = CLIENT, verdict: Verdi
     plugins = Plugins(
         Path("/opt"), ("openssl",), ("nullattester", "sgx_ecdsa"), ("nullverifier", "sgx_ecdsa"), ("openssl",)
     )
-    return Session(Library(Path("/opt/lib.so"), LAYOUTS[240], plugins, fake), config, lambda _: verdict)
+    return Session(
+        Library(Path("/opt/lib.so"), LAYOUTS[240], plugins, fake, is_preflighted=False), config, lambda _: verdict
+    )
 
 
 def opened(fake: FakeLibrary) -> Session:

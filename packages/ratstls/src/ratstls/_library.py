@@ -7,15 +7,15 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from ratstls._ffi import FUNCTIONS, RatsTls, ffi, symbol_size
-from ratstls._layout import Layout, choose_layout
+from ratstls._layout import Layout, choose_layout, make_conf
 from ratstls._plugins import DEFAULT_DIRECTORY, Plugins, list_plugins
-from ratstls.config import LogLevel
-from ratstls.errors import LoadError
+from ratstls.config import LogLevel, SessionConfig
+from ratstls.errors import ConfigError, LoadError
 
 VARIABLE = "RATSTLS_LIBRARY"
 DEFAULT_PATH = DEFAULT_DIRECTORY / "librats_tls.so.0"
@@ -26,10 +26,12 @@ _STDERR_TAIL = 400
 _PREFLIGHT = f"""
 import ctypes, sys
 try:
-    ctypes.CDLL(sys.argv[1])
+    library = ctypes.CDLL(sys.argv[1])
 except OSError as error:
     sys.stderr.write(str(error))
     sys.exit({_PREFLIGHT_REFUSED})
+for conf in sys.argv[2:]:
+    library.rats_tls_init(bytes.fromhex(conf), ctypes.byref(ctypes.c_void_p()))
 """
 
 
@@ -41,22 +43,51 @@ class Library:
     layout: Layout
     plugins: Plugins
     lib: RatsTls
+    is_preflighted: bool
 
     def __str__(self) -> str:
         return f"{self.path} ({self.layout.name})"
+
+    def rehearse(self, config: SessionConfig) -> None:
+        """Let a child choose these plug-ins first, once: where one of them is broken the library may crash over it.
+
+        Raises:
+            ConfigError: it does.
+        """
+        names = (config.attester, config.verifier, config.tls, config.crypto)
+        if not self.is_preflighted or names in _rehearsed:
+            return
+        # As a client, who needs no evidence: making it may take seconds.
+        told = replace(
+            config,
+            is_server=False,
+            is_mutual=False,
+            is_attestation_waived=True,
+            custom_claims=(),
+            log_level=LogLevel.ERROR,
+        )
+        conf, _ = make_conf(told, self.layout)
+        failure = _try_in_child(self.path, bytes(ffi.buffer(conf)).hex())
+        if failure is not None:
+            raise ConfigError(
+                f"making a session with attester {names[0]!r}, verifier {names[1]!r}, tls {names[2]!r} and crypto"
+                f" {names[3]!r} {failure}: remove the plug-in files that do not work on this machine"
+            )
+        _rehearsed.add(names)
 
 
 # The library registers its plug-ins in process-wide tables: a second copy would find them taken, and call exit(1).
 _loaded: Library | None = None
 _loading = threading.Lock()
+_rehearsed: set[tuple[str, str, str, str]] = set()
 
 
 def load(path: str | os.PathLike[str] | None = None, *, is_preflighted: bool = True) -> Library:
     """Return the library: the one loaded before or else the file at *path*, $RATSTLS_LIBRARY or the default, in turn.
 
     Blocks for a fraction of a second the first time, since a child process tries the file first: its constructor ends
-    the process it is in when the installation is broken. Leave that out (``is_preflighted``) only where there can be no
-    child, as in an Occlum enclave. Any thread may call this.
+    the process it is in when the installation is broken. Leave out that, and rehearsals, only where there can be no
+    child, as in an Occlum enclave (``is_preflighted``). Any thread may call this.
 
     Raises:
         LoadError: there is no library, it or its plug-ins are broken, its build is unknown, or another was loaded.
@@ -66,9 +97,9 @@ def load(path: str | os.PathLike[str] | None = None, *, is_preflighted: bool = T
     with _loading:
         if _loaded is None:
             plugins = list_plugins(canonical)
-            if is_preflighted:
-                _preflight(canonical)
-            _loaded = _open(canonical, plugins)
+            if is_preflighted and (failure := _try_in_child(canonical)) is not None:
+                raise LoadError(f"loading {canonical} {failure}: install rats-tls again, with its plug-ins")
+            _loaded = _open(canonical, plugins, is_preflighted=is_preflighted)
         elif _loaded.path != canonical:
             raise LoadError(
                 f"cannot load {canonical}: {_loaded.path} is loaded already, and a process can have but one:"
@@ -92,8 +123,9 @@ def _canonical(path: str | os.PathLike[str] | None) -> Path:
     return canonical
 
 
-def _preflight(path: Path) -> None:
-    command = [sys.executable, "-I", "-S", "-c", _PREFLIGHT, str(path)]
+def _try_in_child(path: Path, *confs: str) -> str | None:
+    """Return None if a child can load the library, and make a handle of each configuration; or else how it ends."""
+    command = [sys.executable, "-I", "-S", "-c", _PREFLIGHT, str(path), *confs]
     environment = {**os.environ, "RATS_TLS_GLOBAL_LOG_LEVEL": "error"}
     try:
         child = subprocess.run(
@@ -105,24 +137,24 @@ def _preflight(path: Path) -> None:
             timeout=_PREFLIGHT_LIMIT_S,
             check=False,
         )
-    except subprocess.TimeoutExpired as error:
-        raise LoadError(f"loading {path} takes over {_PREFLIGHT_LIMIT_S:g} s: install rats-tls again") from error
+    except subprocess.TimeoutExpired:
+        return f"takes over {_PREFLIGHT_LIMIT_S:g} s"
     except OSError as error:
         raise LoadError(f"cannot run {command[0]!r} to try {path} ({error.strerror}): check this Python") from error
     said = " ".join(child.stderr.decode(errors="replace").split())[-_STDERR_TAIL:]
     match child.returncode:
         case 0:
-            return
+            return None
         case status if status == _PREFLIGHT_REFUSED:
             raise LoadError(f"cannot load {path}: {said}: install what is missing, or rats-tls again")
-        case status if status < 0:
-            how = f"crashes ({signal.Signals(-status).name})"
         case status:
-            how = f"ends the process with status {status}"
-    raise LoadError(f"loading {path} {how}, saying {said or 'nothing'!r}: install rats-tls again, with its plug-ins")
+            how = (
+                f"crashes ({signal.Signals(-status).name})" if status < 0 else f"ends the process with status {status}"
+            )
+            return f"{how}, saying {said or 'nothing'!r}"
 
 
-def _open(path: Path, plugins: Plugins) -> Library:
+def _open(path: Path, plugins: Plugins, *, is_preflighted: bool) -> Library:
     try:
         library: Any = ffi.dlopen(str(path))
     except OSError as error:
@@ -135,7 +167,7 @@ def _open(path: Path, plugins: Plugins) -> Library:
     )
     # The constructor took the level from the environment, and below ERROR the library prints to standard output.
     library.global_log_level = LogLevel.NONE
-    return Library(path, layout, plugins, cast(RatsTls, library))
+    return Library(path, layout, plugins, cast(RatsTls, library), is_preflighted)
 
 
 def _has(library: Any, name: str) -> bool:

@@ -83,6 +83,7 @@ class Session:
         """
         with self._alone(_State.NEW):
             self._library.plugins.require(self._config)
+            self._library.rehearse(self._config)
             conf, kept = make_conf(self._config, self._library.layout)
             with _one_init_at_a_time:
                 code = self._lib.rats_tls_init(conf, self._handle)
