@@ -22,6 +22,7 @@ from relay import __version__
 from relay.config import BRIDGE_SETTINGS, RELAY_SETTINGS, BridgeConfig, RelayConfig, parse_file
 from relay.loopback import set_up_loopback
 from relay.service import listening_on, open_relay
+from relay.vsock_proxy import add_arguments, from_options
 from relay.workers import Share, Workers, own_share
 
 _DESCRIPTION = """\
@@ -96,6 +97,15 @@ def _parser() -> ProgramParser:
     status.add_argument("--pid", type=int, default=None, help="which one, where several run: by its process id")
     status.add_common_options(__version__)
     status.set_defaults(run=_status)
+    proxy = commands.add_parser(
+        "vsock-proxy",
+        help="take the arguments and the allow-list of AWS's vsock-proxy",
+        description="Do what AWS's vsock-proxy does with the same arguments and the same allow-list.",
+        argument_default=argparse.SUPPRESS,
+    )
+    add_arguments(proxy)
+    proxy.add_common_options(__version__)
+    proxy.set_defaults(run=_vsock_proxy)
     return parser
 
 
@@ -204,6 +214,14 @@ def _endpoint(parse: Any, option: str, text: str, kind: type[Tcp | Vsock]) -> En
 
 async def _relay(options: argparse.Namespace) -> None:
     await _serve(_config(options), options.status_socket)
+
+
+async def _vsock_proxy(options: argparse.Namespace) -> None:
+    proxy = from_options(options)
+    bridge = BridgeConfig(
+        listen=proxy.listen, target=proxy.target, allow=proxy.allow, max_connections=proxy.max_connections
+    )
+    await _serve(RelayConfig(bridges=(bridge,)), options.status_socket)
 
 
 async def _serve(config: RelayConfig, status_path: Path | None) -> None:
