@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import pytest
 from enlink.errors import UsageError
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from relay.addresses import Address, Network
 from relay.allowlist import (
@@ -459,6 +459,7 @@ answers = st.lists(st.lists(addresses, max_size=3), min_size=1, max_size=3)
 @pytest.mark.proves("D23", "F29")
 @given(st.lists(name_rules | network_rules(), max_size=4), names, st.integers(1, 4), answers)
 @example([NameRule("example", EVERY)], "example", 1, [[ip_address("192.0.2.1")], [ip_address("2002:7f00:1::")]])
+@settings(deadline=None)  # the oracle is slow
 def test_verdicts_are_those_of_a_slow_oracle(
     rules: list[Rule], name: str, port: int, answers: list[list[Address]]
 ) -> None:
@@ -471,6 +472,7 @@ def test_verdicts_are_those_of_a_slow_oracle(
 
 
 @given(st.lists(network_rules(), max_size=4), st.integers(1, 4), addresses)
+@settings(deadline=None)  # the oracle is slow
 def test_an_address_as_a_target_is_judged_without_a_name(rules: list[Rule], port: int, address: Address) -> None:
     """No rule for names helps it, and private is as good as public."""
     covering = [

@@ -214,7 +214,7 @@ PIECES = [*"[]{}:,-&*!|>'\"%@`?#\n\t ", "allowlist", "address", "port", "443"]
 
 @given(st.text() | st.lists(st.sampled_from(PIECES)).map("".join))
 @example("allowlist: [{address: {}, port: {}}]")
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)  # it writes files
 def test_any_text_is_a_list_or_a_config_error_of_one_line(file: Path, text: str) -> None:
     file.write_bytes(text.encode("utf-8", "replace"))
     sentence = f"{file}: "
