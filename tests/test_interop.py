@@ -187,6 +187,8 @@ def test_raw_agents_at_both_ends_of_two_gateways_hear_the_packets_and_nothing_el
             dialled(path.hosts["app"], GATEWAY_OF_APP) as client,
         ):
             until(lambda: path.programs["far"].status()["legs"]["enta"]["state"] == "silent", "taken for a silent one")
+            until(lambda: path.programs["near"].status()["legs"]["entg"]["connected"], "linked with the other gateway")
+            until(lambda: path.programs["far"].status()["legs"]["entg"]["connected"], "linked with the other gateway")
             exchange(client, server, there[:1], [])
             exchange(client, server, there, back)
             assert select.select([client, server], [], [], LONG_SILENCE_S) == ([], [], [])

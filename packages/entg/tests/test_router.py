@@ -10,6 +10,12 @@ from trio.testing import trio_test
 class Destination:
     def __init__(self) -> None:
         self.got: list[Packets] = []
+        self.is_ready = True
+
+    def send_at_once(self, packets: Packets) -> bool:
+        if self.is_ready:
+            self.got.append(packets)
+        return self.is_ready
 
     async def send(self, packets: Packets) -> None:
         self.got.append(packets)
@@ -29,3 +35,14 @@ async def test_what_comes_from_one_leg_goes_to_the_other_in_order() -> None:
     await router.forward(left, second)
     assert right.got == [first, second]
     assert left.got == [back]
+
+
+def test_what_can_go_at_once_goes_to_the_other_leg_and_what_cannot_nowhere() -> None:
+    left, right, router = Destination(), Destination(), Router()
+    router.connect(left, right)
+    first, second = packets(b"first"), packets(b"second")
+    assert router.forward_at_once(left, first)
+    right.is_ready = False
+    assert not router.forward_at_once(left, second)
+    assert right.got == [first]
+    assert left.got == []
