@@ -27,5 +27,5 @@ def test_the_page_shows_the_guard_of_its_example() -> None:
 
 def test_the_page_names_every_chain_of_the_capture_table() -> None:
     chains = {name for plan in (CLIENT, SERVER) for name in re.findall(r"chain (\w+)", capture_ruleset(plan))}
-    assert chains == {"refuse", "outgoing", "leaving", "arriving", "passing", "capture", "replay"}
+    assert chains == {"refuse", "outgoing", "leaving", "entering", "arriving", "passing", "capture", "replay"}
     assert all(f"`chain {name}`" in PAGE for name in chains)

@@ -148,7 +148,7 @@ def plans(draw: st.DrawFn) -> Plan:
     address, peer = draw(st.permutations(["10.9.8.1", "10.9.8.2"]))
     return Plan(
         role,
-        IPv4Interface(f"{address}/{draw(st.integers(8, 29))}"),
+        IPv4Interface(f"{address}/{draw(st.integers(8, 30))}"),
         IPv4Address(peer),
         captures=parse_captures(options) if role == "client" else (),
         replays=parse_replays(options) if role == "server" else (),
@@ -509,6 +509,8 @@ def udp_packet(source: str, destination: str, port: int, payload: bytes, source_
 
 HOSTILE = [
     ("172.16.0.9", "192.168.0.254", 6979),  # a source outside the tunnel
+    ("192.168.0.0", "192.168.0.254", 6979),  # its network's address, which is nobody's
+    ("192.168.0.254", "192.168.0.254", 6979),  # the server's own
     ("192.168.0.1", "10.0.0.2", 6979),  # another address of this host
     ("192.168.0.1", "10.0.0.9", 6979),  # a third host
     ("192.168.0.1", "127.0.0.1", 6979),
@@ -544,6 +546,54 @@ def test_the_kernel_lets_nothing_out_of_the_tunnel_but_replayed_ports(site: Site
         with host_changed(site, SERVER):
             assert delivered(("192.168.0.1", "192.168.0.254", 6979)) == {("192.168.0.254", 5000, b"last")}
             assert seen(site.wire) == set()
+
+
+@pytest.mark.proves("D14", "F44")
+def test_neither_options_nor_fragments_come_out_of_the_tunnel_and_others_are_left_alone(site: Site, tun: Tun) -> None:
+    plain = udp_packet("192.168.0.1", "192.168.0.254", 6979, b"hostile")
+    padding = bytes((1, 1, 1, 0))  # options that ask for nothing
+    with_options = with_header(plain, options=padding)
+    fragments = [with_header(plain[:28], more=True), with_header(plain[:20] + plain[28:], offset_bytes=8)]
+
+    def out_of_the_tunnel(*packets: bytes) -> list[bytes]:
+        for packet in (*packets, udp_packet("192.168.0.1", "192.168.0.254", 6979, b"last")):
+            os.write(tun.fileno(), packet)
+        return received_until_last()
+
+    def by_the_wire() -> list[bytes]:
+        program.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, padding)
+        program.sendto(bytes(2000), ("10.0.0.2", 6979))
+        program.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, b"")
+        program.sendto(b"last", ("10.0.0.2", 6979))
+        return received_until_last()
+
+    def received_until_last() -> list[bytes]:
+        received = [server.recv(4000)]
+        while received[-1] != b"last":
+            received.append(server.recv(4000))
+        return received[:-1]
+
+    with site.host.entered():
+        server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        Routing(SERVER).bring_up_tun()
+    with site.internet.entered():
+        program = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    server.bind(("0.0.0.0", 6979))
+    server.settimeout(FAR_BEYOND_S)
+    with server, program:
+        assert out_of_the_tunnel(with_options, *fragments) == [b"hostile"] * 2, "the control"
+        with host_changed(site, replace(SERVER, replays=parse_replays(["udp/6979:6979"]))):
+            for hostile in ([with_options], fragments):
+                assert out_of_the_tunnel(*hostile) == []
+            assert by_the_wire() == [bytes(2000)]
+
+
+def with_header(packet: bytes, *, options: bytes = b"", more: bool = False, offset_bytes: int = 0) -> bytes:
+    """Write an IPv4 packet's header anew: with options, or as that of a fragment."""
+    words, total = 5 + len(options) // 4, len(packet) + len(options)
+    fragment = (0x2000 if more else 0) | offset_bytes // 8
+    header = struct.pack("!BBHHHBBH", 0x40 | words, 0, total, 9, fragment, *packet[8:10], 0) + packet[12:20] + options
+    return header[:10] + checksum(header) + header[12:] + packet[20:]
 
 
 @pytest.mark.proves("D14")

@@ -173,6 +173,11 @@ def test_a_plan_with_an_unusable_value_is_wrong_usage(changes: dict[str, Any], r
     assert reason in str(refusal.value)
 
 
+def test_a_client_hears_its_peer_and_a_server_every_host_of_the_network() -> None:
+    assert CLIENT.senders == (CLIENT.peer, CLIENT.peer)
+    assert SERVER.senders == (IPv4Address("192.168.0.1"), IPv4Address("192.168.0.254"))
+
+
 def test_a_server_captures_nothing() -> None:
     with pytest.raises(UsageError, match="--capture tcp/7: a server replays"):
         replace(SERVER, captures=CLIENT.captures)

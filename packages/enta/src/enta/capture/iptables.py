@@ -9,6 +9,8 @@ What is weaker than with nftables:
 - Tables are shared. A rule that somebody puts above our jump, and that accepts a packet, hides it from the guard.
 - Nobody tells of changes. `IptablesFirewall.missing` compares the kernel's summary of each table, and cannot see an
   edit that leaves the number of the rules and their size as they were.
+- IPv4 options and fragments out of the tunnel are for the agent's own filter to stop. The match for options is one that
+  many kernels lack, and connection tracking has put fragments together before the first table sees them.
 - The guard drops IPv4 without an answer, because REJECT works in the table filter only, which is too late.
 - A table that the host never used before stays behind, empty, as it does after iptables itself.
 
@@ -194,9 +196,11 @@ def capture_rules(plan: Plan) -> Rules:
         chain: [
             ["-i", "lo", "-j", "RETURN"],
             ["!", "-i", tun, "-j", "DROP"],
-            ["!", "-s", str(plan.address.network), "-j", "DROP"],
+            *_strange_sources(plan),
             ["!", "-d", own_address, "-j", "DROP"],
             ["-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED", "-j", "RETURN"],
+            # NAT leaves these alone, so the kernel would answer with a reset of the connection that they are of.
+            ["-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP"],
             *([*_port(replay.protocol, replay.transit), "-j", "RETURN"] for replay in plan.replays),
             ["-j", "DROP"],
         ],
@@ -232,6 +236,18 @@ def _refusals6(capture: Capture) -> list[list[str]]:
         # The answer quotes the packet. It must not leave either, which it would for an address that is no longer here.
         [*port, "-m", "addrtype", "!", "--src-type", "LOCAL", "-j", "DROP"],
         [*port, "-j", "REJECT", "--reject-with", _ANSWERS6[capture.protocol]],
+    ]
+
+
+def _strange_sources(plan: Plan) -> list[list[str]]:
+    """Return the rules that drop what no sender of the plan can have sent."""
+    first, last = plan.senders
+    if first == last:
+        return [["!", "-s", f"{first}/32", "-j", "DROP"]]
+    no_senders = (first - 1, last + 1, plan.address.ip)  # one by one: a kernel may lack the match for a range
+    return [
+        ["!", "-s", str(plan.address.network), "-j", "DROP"],
+        *(["-s", f"{address}/32", "-j", "DROP"] for address in no_senders),
     ]
 
 

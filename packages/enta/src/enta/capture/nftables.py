@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import IPv4Address
 from typing import Literal
 
 from enlink.errors import CannotCreate
@@ -18,11 +19,14 @@ from enlink.errors import CannotCreate
 from enta.capture.libnftables import Nft, NftFailure
 from enta.capture.plan import Identity, Plan
 
-# include/uapi/linux/netfilter_ipv4.h: connection tracking is at -200, DNAT at -100, SNAT at 100.
+# include/uapi/linux/netfilter_ipv4.h: defragmentation at -400, connection tracking at -200, DNAT at -100, SNAT at 100.
+_BEFORE_DEFRAGMENTATION = -450
 _AFTER_TRACKING = -150
 _DNAT = -100
 _FILTER = 0
 _LAST = 300
+
+_MORE_FRAGMENTS_OR_OFFSET = 0x3FFF  # RFC 791: of the 16 bits that also hold "don't fragment"
 
 _COMMENT = re.compile(
     r'comment "eng (?P<kind>agent|guard): '
@@ -58,14 +62,23 @@ def capture_ruleset(plan: Plan) -> str:
     """
     name = plan.identity.capture_table_name
     ports = [f"{replay.protocol} dport {replay.transit} accept" for replay in plan.replays]
+    entering = _chain(
+        "entering",
+        # Connection tracking makes one packet of fragments, which then looks like any other.
+        f"type filter hook prerouting priority {_BEFORE_DEFRAGMENTATION}; policy accept;",
+        f'iifname != "{plan.tun_name}" accept',
+        "meta nfproto != ipv4 drop",
+        "ip hdrlength != 5 drop",  # in words of 32 bits: options
+        f"ip frag-off & {_MORE_FRAGMENTS_OR_OFFSET:#x} != 0 drop",
+        f"ip saddr != {_span(*plan.senders)} drop",
+        f"ip saddr {plan.address.ip} drop",
+        f"ip daddr != {plan.address.ip} drop",
+    )
     arriving = _chain(
         "arriving",
         f"type filter hook prerouting priority {_AFTER_TRACKING}; policy accept;",
         f'iifname != {{ "lo", "{plan.tun_name}" }} ip daddr {plan.address.ip} drop',
         f'iifname != "{plan.tun_name}" accept',
-        "meta nfproto != ipv4 drop",
-        f"ip saddr != {plan.address.network} drop",
-        f"ip daddr != {plan.address.ip} drop",
         "ct state established,related accept",
         # NAT leaves these alone, so they would meet no socket, and the kernel would reset the connection they are of.
         "ct state invalid drop",
@@ -103,7 +116,7 @@ def capture_ruleset(plan: Plan) -> str:
     return (
         _table(name, *claim)
         + f"delete table inet {name}\n"
-        + _table(name, *claim, *_barrier(plan), arriving, passing, translating)
+        + _table(name, *claim, *_barrier(plan), entering, arriving, passing, translating)
     )
 
 
@@ -311,6 +324,10 @@ def _comment(kind: Literal["agent", "guard"], identity: Identity) -> str:
 def _matching(protocol: str, port: int, destination: object) -> str:
     where = "" if destination is None else f"ip daddr {destination} "
     return f"{where}{protocol} dport {port}"
+
+
+def _span(first: IPv4Address, last: IPv4Address) -> str:
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def _table(name: str, *items: str) -> str:

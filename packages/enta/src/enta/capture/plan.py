@@ -170,6 +170,18 @@ class Plan:
             raise UsageError(f"--peer-addr {self.peer} is the same as --tun-addr: give the other agent's address")
 
     @property
+    def senders(self) -> tuple[IPv4Address, IPv4Address]:
+        """The first and the last address that packets out of the tunnel may come from.
+
+        A client hears its peer only; a server, every host of the TUN's network. The server's own address is among them:
+        a range has no holes.
+        """
+        if self.role == "client":
+            return self.peer, self.peer
+        network = self.address.network
+        return network.network_address + 1, network.broadcast_address - 1
+
+    @property
     def identity(self) -> Identity:
         """What must be known to undo the plan after a crash."""
         return Identity(self.instance, self.tun_name, self.table, self.mark)
