@@ -20,7 +20,14 @@ from tests.vsock.files import outermost, python_and
 from tests.vsock.guest import Guest
 
 CHECKOUT: Final = Path(__file__).resolve().parents[2]
-PYTEST: Final = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]  # writing is for nothing there
+PYTEST: Final = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "-p",
+    "no:cacheprovider",
+    "--timeout=240",
+]  # what is slow there is not yet wrong
 SCRATCH: Final = "/dev/shm"  # in memory; all the rest is read-only
 # What conftest.py asks on behalf of each run: the packet filter.
 MODULES: Final = ["vsock_loopback", "nf_tables"]

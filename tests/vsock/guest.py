@@ -50,7 +50,7 @@ class Guest:
     devices: Sequence[str] = ()  # for QEMU's -device
     memory_mib: int = 768
     boot_deadline_s: float = 120.0
-    deadline_s: float = 300.0  # for the boot and the command together
+    deadline_s: float = 600.0  # for the boot and the command together
 
     def run(self, command: Sequence[str], directory: Path, environment: Mapping[str, str]) -> int:
         """Run *command* in *directory*, its output to ours, and give its exit status. A failed boot is tried again.

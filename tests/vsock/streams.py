@@ -10,6 +10,7 @@ import trio
 # linux/vm_sockets.h; Python 3.11 does not have the first.
 LOCAL: Final = 1
 ANY: Final = socket.VMADDR_CID_ANY
+ABSENT: Final = 99  # nobody has this CID
 ANY_PORT: Final = socket.VMADDR_PORT_ANY
 
 

@@ -16,11 +16,10 @@ import pytest
 import trio
 from enlink.testing.programs import in_trio
 
-from tests.vsock.streams import ANY, ANY_PORT, LOCAL, dial, listen, port_of, received
+from tests.vsock.streams import ABSENT, ANY, ANY_PORT, LOCAL, dial, listen, port_of, received
 
 pytestmark = pytest.mark.vsock
 
-ABSENT: Final = 99  # nobody has this CID
 BUFFER_BYTES: Final = 256 * 1024  # what the kernel gives each direction of a connection
 MEGABYTE: Final = bytes(range(256)) * 4096
 
@@ -156,6 +155,25 @@ async def test_a_sender_without_a_reader_stops_when_the_buffer_is_full() -> None
             os.write(client.socket.fileno(), b"more")
         await client.send_eof()
         assert len(await received(server)) == BUFFER_BYTES
+
+
+@in_trio
+async def test_a_larger_buffer_holds_more_only_if_both_sides_have_it() -> None:
+    """A sender is also held to what its own buffer would take."""
+    holds = []
+    for sizes in ((1, 4), (4, 1), (4, 4)):
+        sockets = [trio.socket.socket(socket.AF_VSOCK) for _ in sizes]
+        for sock, size in zip(sockets, sizes, strict=True):
+            for option in (socket.SO_VM_SOCKETS_BUFFER_MAX_SIZE, socket.SO_VM_SOCKETS_BUFFER_SIZE):
+                sock.setsockopt(socket.AF_VSOCK, option, size * BUFFER_BYTES)
+        with sockets[0] as client, sockets[1] as listener:
+            await listener.bind((ANY, ANY_PORT))
+            listener.listen(1)
+            await client.connect((LOCAL, listener.getsockname()[1]))
+            server, _ = await listener.accept()
+            with server:
+                holds.append(os.write(client.fileno(), bytes(8 * BUFFER_BYTES)) // BUFFER_BYTES)
+    assert holds == [1, 1, 4]
 
 
 @in_trio
