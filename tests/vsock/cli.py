@@ -20,14 +20,8 @@ from tests.vsock.files import outermost, python_and
 from tests.vsock.guest import Guest
 
 CHECKOUT: Final = Path(__file__).resolve().parents[2]
-PYTEST: Final = [
-    sys.executable,
-    "-m",
-    "pytest",
-    "-p",
-    "no:cacheprovider",
-    "--timeout=240",
-]  # what is slow there is not yet wrong
+# Nothing can be written there, and what is slow is not wrong.
+PYTEST: Final = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout=240"]
 SCRATCH: Final = "/dev/shm"  # in memory; all the rest is read-only
 # What conftest.py asks on behalf of each run: the packet filter.
 MODULES: Final = ["vsock_loopback", "nf_tables"]
