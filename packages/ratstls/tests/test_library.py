@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import standin
 from ratstls import _library
+from ratstls._ffi import FUNCTIONS
 from ratstls._library import VARIABLE, load
 from ratstls.errors import LoadError
 from standin import Installation
@@ -195,6 +196,15 @@ def test_a_missing_directory_of_plug_ins_is_told(installation: Installation) -> 
 def test_another_library_is_told(installation: Installation, code: str, text: str) -> None:
     """By what it lacks, or needs."""
     assert text in said(compiled(installation, code))
+
+
+@pytest.mark.proves("F70")
+def test_a_build_without_its_sign_is_told(installation: Installation) -> None:
+    """Its functions alone do not say which build it is."""
+    functions = "".join(f"void rats_tls_{name}(void) {{}}\n" for name in FUNCTIONS)
+    assert said(compiled(installation, functions)).startswith(
+        "this build of librats_tls has no global_core_context, and"
+    )
 
 
 @pytest.mark.proves("F70")

@@ -191,13 +191,13 @@ def test_a_server_judges_nobody(fake: FakeLibrary) -> None:
 def test_the_first_no_stands(fake: FakeLibrary) -> None:
     """A chain of certificates asks again."""
     fake.certificates, fake.believes_callback = 3, False
-    verdicts = [NO, YES, YES]
+    verdicts = [YES, NO, YES]  # asked from the end
     session = session_of(fake)
     session._judge = lambda _: verdicts.pop()
     session.init()
     with pytest.raises(AttestationRejected):
         session.negotiate(0)
-    assert verdicts == []
+    assert verdicts == [YES]
     assert session.evidence is None
 
 

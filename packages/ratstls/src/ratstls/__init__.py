@@ -1,3 +1,3 @@
-"""RATS-TLS links through librats_tls.so. Not built yet: there is nothing here but the version."""
+"""Attested links through librats_tls.so. Importing this loads no library."""
 
 __version__ = "0.1.0"

@@ -13,8 +13,7 @@ import errno
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import Enum
 
 from ratstls._ffi import CData, ffi
@@ -81,7 +80,8 @@ class Session:
             ConfigError: a plug-in is missing or does not work here, or this build cannot do what is asked.
             EvidenceError: this machine could not produce evidence.
         """
-        with self._alone(_State.NEW):
+        self._enter(_State.NEW)
+        try:
             self._library.plugins.require(self._config)
             self._library.rehearse(self._config)
             conf, kept = make_conf(self._config, self._library.layout)
@@ -92,6 +92,8 @@ class Session:
                 raise error_from("rats_tls_init", code)
             self._state = _State.READY
             self._lib.rats_tls_set_verification_callback(self._handle, _on_evidence)
+        finally:
+            self._inside.release()
 
     def negotiate(self, fd: int) -> None:
         """Shake hands over *fd*, which must block, have no time limit, and stay open: it remains the caller's.
@@ -103,7 +105,8 @@ class Session:
             AttestationRejected: the judge said no, or was never asked although this side verifies.
             HandshakeError: anything else went wrong; the library does not say what.
         """
-        with self._alone(_State.READY):
+        self._enter(_State.READY)
+        try:
             self._state = _State.FAILED
             # A signal's handler would interrupt the system call, which the library takes for the end of the handshake.
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -115,6 +118,8 @@ class Session:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             self._conclude(code)
             self._state = _State.OPEN
+        finally:
+            self._inside.release()
 
     def receive(self) -> bytes:
         """Return the next 1 to 16,384 bytes, or b"" if there are none, with the reason in ``errno``.
@@ -122,13 +127,16 @@ class Session:
         An ``errno`` in ``STARVED`` means: later. Any other means that the session ended, well or badly; the library
         does not tell which. Blocks if the descriptor does.
         """
-        with self._alone(_State.OPEN):
+        self._enter(_State.OPEN)
+        try:
             self._size[0] = RECEIVE_BYTES
             ffi.errno = 0
             if self._lib.rats_tls_receive(self._handle[0], self._buffer, self._size) == 0:
                 return bytes(ffi.buffer(self._buffer, self._size[0]))
             self.errno = ffi.errno
             return b""
+        finally:
+            self._inside.release()
 
     def transmit(self, data: bytes) -> bool:
         """Send all of *data* and return True, or return False with the reason in ``errno``.
@@ -143,7 +151,8 @@ class Session:
             return True  # the library would call this an error
         if len(data) > TRANSMIT_LIMIT_BYTES:
             raise ValueError(f"{len(data)} bytes at once are too many: send at most {TRANSMIT_LIMIT_BYTES}")
-        with self._alone(_State.OPEN):
+        self._enter(_State.OPEN)
+        try:
             if self._half_sent is None:
                 self._half_sent = data, ffi.from_buffer(data)
             elif self._half_sent[0] is not data:
@@ -155,13 +164,16 @@ class Session:
                 return True
             self.errno = ffi.errno
             return False
+        finally:
+            self._inside.release()
 
     def cleanup(self) -> None:
         """Say goodbye to the peer, if there is anyone to say it to, and free the handle. Quiet when that is done.
 
         After a failed handshake the library keeps some memory for good, about 68 kB on a server.
         """
-        with self._alone(*_State):
+        self._enter(*_State)
+        try:
             if self._state not in (_State.NEW, _State.FREED):
                 self._state = _State.FREED
                 code = self._lib.rats_tls_cleanup(self._handle[0])
@@ -170,6 +182,8 @@ class Session:
                     _logger.warning("some memory is lost: %s", error_from("rats_tls_cleanup", code))
             self._state = _State.FREED
             self._half_sent = None
+        finally:
+            self._inside.release()
 
     def _conclude(self, code: int) -> None:
         if self._judge_error is not None:
@@ -196,16 +210,13 @@ class Session:
             self.evidence = evidence if self._verdict.accepted else None
         return self._verdict.accepted
 
-    @contextmanager
-    def _alone(self, *states: _State) -> Iterator[None]:
+    def _enter(self, *states: _State) -> None:
+        """Keep others out until ``_inside`` is released. As a context manager this would cost more than the C call."""
         if not self._inside.acquire(blocking=False):
             raise RuntimeError("two threads use one RATS-TLS session at once, which the library does not survive")
-        try:
-            if self._state not in states:
-                raise RuntimeError(f"this RATS-TLS session {self._state.value}")
-            yield
-        finally:
+        if self._state not in states:
             self._inside.release()
+            raise RuntimeError(f"this RATS-TLS session {self._state.value}")
 
 
 def _judge_failed(_: object, error: BaseException, __: object) -> None:
