@@ -79,11 +79,12 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build a wheel and a source archive of each package into dist/. The same sources give the same bytes."""
+    """Build into dist/ a wheel and a source archive of each package, and relay.pyz. Same sources, same bytes."""
     dist = Path("dist").absolute()
     for project in PROJECTS:
         with session.chdir(project):
             session.run("python", "-m", "hatchling", "build", "--directory", str(dist), silent=True)
+    session.run("python", "packages/relay/build_pyz.py", str(dist / "relay.pyz"))
     session.log("built %s", " ".join(sorted(path.name for path in dist.iterdir())))
 
 

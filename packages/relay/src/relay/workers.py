@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import trio
-from enlink.errors import ConfigError
+from enlink.errors import ConfigError, SystemFailure
 from enlink.program import log_event
 from enlink.supervise import Backoff, Stopping
 
@@ -117,7 +117,11 @@ class Workers:
         await self._are_there.wait()
 
     async def run(self, stopping: Stopping) -> None:
-        """Keep the workers running until the wish to stop, then until they have ended. Closes the sockets here."""
+        """Keep the workers running until the wish to stop, then until they have ended. Closes the sockets here.
+
+        Raises:
+            SystemFailure: a worker ended before all of them were ready.
+        """
         async with trio.open_nursery() as nursery:
             for number in range(self._config.workers):
                 nursery.start_soon(self._keep_running, number, stopping)
@@ -132,6 +136,8 @@ class Workers:
             code = await self._run_one(number, stopping)
             if stopping.is_set:
                 return
+            if not self._are_there.is_set():
+                raise SystemFailure(f"worker {number} ended with exit code {code} before it was ready: it says why")
             self._replaced += 1
             log_event(_logger, "worker_ended", logging.WARNING, number=number, exit_code=code)
             if trio.current_time() - began_s >= _PROVEN_S:
