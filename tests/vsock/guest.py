@@ -65,7 +65,8 @@ class Guest:
             if progress[1:]:
                 return int(progress[1])
             if progress:
-                raise SystemFailure(f"{shlex.join(command)} did not end in the guest within {self.deadline_s:.0f} s")
+                what = f"took the guest down, or more than {self.deadline_s:.0f} s: see its output above"
+                raise SystemFailure(f"{shlex.join(command)} {what}")
         raise SystemFailure("no guest boots here: see what QEMU and the guest's kernel wrote above")
 
     def _boot(self, job: str) -> list[str]:
