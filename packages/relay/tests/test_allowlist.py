@@ -113,6 +113,7 @@ def mutated(text: str) -> st.SearchStrategy[str]:
 
 
 @given(st.text() | st.text("*.:/[]-%0123456789abcx") | st.sampled_from([text for text, _, _ in RULES]).flatmap(mutated))
+@settings(deadline=None)  # a busy machine is no failure
 def test_any_text_is_a_rule_or_a_usage_error(text: str) -> None:
     """And a rule survives its own spelling."""
     try:
@@ -489,6 +490,7 @@ def test_an_address_as_a_target_is_judged_without_a_name(rules: list[Rule], port
 
 
 @given(st.text())
+@settings(deadline=None)  # a busy machine is no failure
 def test_a_canonical_name_is_its_own_canonical_name(text: str) -> None:
     try:
         name = canonical_name(text)
