@@ -294,6 +294,24 @@ except LoadError as error:
     )
 
 
+def test_an_unknown_build_stays_the_only_one(tmp_path: Path, standin_path: Path) -> None:
+    """It is refused, but there, with its plug-ins: a good one beside it would end the process."""
+    unknown = Installation(standin.build(tmp_path / "rats-tls", 256))
+    script = f"""
+from ratstls._library import load
+from ratstls.errors import LoadError
+for path in (None, {str(standin_path)!r}, None):
+    try:
+        load(path)
+    except LoadError as error:
+        print(error)
+"""
+    first, second, third = said(unknown, script).splitlines()
+    assert first == third
+    assert "256 byte" in first
+    assert second.startswith(f"cannot load {standin_path}: {unknown.path} is loaded already")
+
+
 def test_nothing_is_loaded_by_an_import(installation: Installation) -> None:
     """Not before someone asks: what needs no RATS-TLS works without it."""
     script = """

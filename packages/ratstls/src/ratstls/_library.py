@@ -78,6 +78,7 @@ class Library:
 
 # The library registers its plug-ins in process-wide tables: a second copy would find them taken, and call exit(1).
 _loaded: Library | None = None
+_mapped: Path | None = None  # also if it turned out to be of an unknown build
 _loading = threading.Lock()
 _rehearsed: set[tuple[str, str, str, str]] = set()
 
@@ -95,16 +96,16 @@ def load(path: str | os.PathLike[str] | None = None, *, is_preflighted: bool = T
     global _loaded
     canonical = _canonical(path)
     with _loading:
+        if _mapped not in (None, canonical):
+            raise LoadError(
+                f"cannot load {canonical}: {_mapped} is loaded already, and a process can have but one:"
+                " name one path everywhere"
+            )
         if _loaded is None:
             plugins = list_plugins(canonical)
             if is_preflighted and (failure := _try_in_child(canonical)) is not None:
                 raise LoadError(f"loading {canonical} {failure}: install rats-tls again, with its plug-ins")
             _loaded = _open(canonical, plugins, is_preflighted=is_preflighted)
-        elif _loaded.path != canonical:
-            raise LoadError(
-                f"cannot load {canonical}: {_loaded.path} is loaded already, and a process can have but one:"
-                " name one path everywhere"
-            )
         return _loaded
 
 
@@ -155,6 +156,7 @@ def _try_in_child(path: Path, *confs: str) -> str | None:
 
 
 def _open(path: Path, plugins: Plugins, *, is_preflighted: bool) -> Library:
+    global _mapped
     try:
         library: Any = ffi.dlopen(str(path))
     except OSError as error:
@@ -162,6 +164,7 @@ def _open(path: Path, plugins: Plugins, *, is_preflighted: bool) -> Library:
     missing = [name for name in (f"rats_tls_{function}" for function in FUNCTIONS) if not _has(library, name)]
     if missing:
         raise LoadError(f"{path} is not librats_tls, it has no {', '.join(missing)}: name the right file in {VARIABLE}")
+    _mapped = path
     layout = choose_layout(
         symbol_size(library, "global_core_context"), has_claims_symbol=_has(library, "free_claims_list")
     )
