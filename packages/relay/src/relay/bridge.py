@@ -23,7 +23,7 @@ from enlink.splice import Limits, Mover
 from enlink.status import Counters
 
 from relay.config import BridgeConfig
-from relay.dial import Target
+from relay.dial import NotAllowed, Target
 from relay.proxy_protocol import TcpConnection, UnixConnection, VsockConnection, encode_header
 
 # Choices of ours.
@@ -127,6 +127,11 @@ class Bridge:
             if self._config.proxy_protocol:
                 # Nothing has been sent before, so there is room for all of it.
                 target.send(encode_header(_as_announced(client, peer)))
+        except NotAllowed as error:
+            abort(client)
+            self._ended[error.reason] += 1
+            self._limited.log("target_refused", error.reason, target=self._config.target, error=error)
+            return None
         except (EngError, OSError) as error:
             abort(client)
             self._ended["unreachable"] += 1

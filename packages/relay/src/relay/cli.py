@@ -208,7 +208,7 @@ def _endpoint(parse: Any, option: str, text: str, kind: type[Tcp | Vsock]) -> En
     try:
         endpoint: Endpoint = parse(text, kind)
     except UsageError as error:
-        raise UsageError(f"argument {option}: {error}") from error
+        raise UsageError(f"{option}: {error}; see relay --help") from error
     return endpoint
 
 
