@@ -41,8 +41,12 @@ def fit(config: RelayConfig, limit: int) -> RelayConfig:
     if room < len(config.bridges):
         raise ConfigError(f"a limit of {limit} descriptors has no room for connections: raise it with ulimit -n")
 
+    count = len(config.bridges)
+
     def share(bridge: BridgeConfig) -> BridgeConfig:
-        return replace(bridge, max_connections=max(1, bridge.max_connections * room // wanted))
+        """One connection for each bridge, and its part of the rest."""
+        more = (bridge.max_connections - 1) * (room - count) // (wanted - count)
+        return replace(bridge, max_connections=1 + more)
 
     log_event(_logger, "connections_limited", logging.WARNING, wanted=wanted, allowed=room, descriptors=limit)
     return replace(config, bridges=tuple(map(share, config.bridges)))

@@ -57,7 +57,7 @@ class Share:
             return count // config.workers + (self.number < count % config.workers)
 
         bridges = (replace(bridge, max_connections=part(bridge.max_connections)) for bridge in config.bridges)
-        return replace(config, bridges=tuple(bridges))
+        return replace(config, bridges=tuple(bridges), workers=1)
 
     def sockets(self) -> list[list[socket.socket]]:
         """Take the listening sockets."""
