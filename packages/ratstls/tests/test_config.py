@@ -102,5 +102,7 @@ def test_claims_up_to_the_limit_are_taken() -> None:
 
 
 def test_the_library_is_silent_by_default() -> None:
-    """Unless someone asks."""
+    """Unless someone asks, in the library's own numbers."""
     assert CLIENT.log_level is LogLevel.NONE
+    assert [level.name for level in sorted(LogLevel)] == ["DEBUG", "INFO", "WARN", "ERROR", "FATAL", "NONE"]
+    assert [int(level) for level in sorted(LogLevel)] == [0, 1, 2, 3, 4, 5]

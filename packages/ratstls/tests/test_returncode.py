@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from ratstls.returncode import ATTESTER, CORE, CRYPTO_WRAPPER, TLS_WRAPPER, VERIFIER, ReturnCode, decode
 
@@ -59,6 +59,8 @@ def test_an_enumerator_is_found_in_either_sign(number: int, value: int) -> None:
 
 
 @given(st.integers(1, 7), st.integers(-(1 << 22), (1 << 22) - 1))
+@example(1, (1 << 22) - 1)
+@example(1, -(1 << 22))
 def test_a_packed_result_comes_back_with_its_sign(number: int, value: int) -> None:
     """The library masks its sub-class away: 23 bits are left."""
     code = decoded(1 << 31 | number << 28 | value & 0x7FFFFF)
