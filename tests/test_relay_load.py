@@ -355,7 +355,6 @@ def is_heard(relay: Program, before: int) -> bool:
     return relay.log().count("SIGTERM") > before
 
 
-@pytest.mark.proves("F10")
 def test_workers_that_die_are_replaced_and_none_outlives_the_first_process(host: Host) -> None:
     async def test() -> None:
         async with trio.open_nursery() as servers:
