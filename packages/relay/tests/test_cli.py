@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +270,41 @@ def test_a_file_describes_bridges_of_any_number(
             "tcp://127.0.0.1:7001",
             "tcp://127.0.0.1:7002",
         ]
+
+
+def test_workers_share_a_unix_socket_too(relaying: Relaying, server: socket.socket, runtime_directory: Path) -> None:
+    path = f"{runtime_directory}/front"
+    with relaying("--listen", f"unix:{path}", "--target", "127.0.0.1:9000", "--workers", "2") as relay:
+        clients = [socket.socket(socket.AF_UNIX) for _ in range(8)]
+        with ExitStack() as stack:
+            for client in clients:
+                stack.enter_context(client).connect(path)
+                client.sendall(b"x")
+                assert stack.enter_context(accept(server)).recv(1) == b"x"
+            relay.wait_until(lambda: relay.status()["bridges"][0]["active"] == 8, "told all")
+        assert len(relay.status()["workers"]["pids"]) == 2
+        assert relay.stop() == 0
+
+
+PASS_ON = """
+import os, socket, sys
+listener = socket.create_server(("127.0.0.1", 7000))
+os.dup2(listener.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="web")
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_socket_of_systemd_is_served(host: Host, server: socket.socket, workers: str) -> None:
+    options = ("--listen", "systemd:web", "--target", "127.0.0.1:9000", "--workers", workers)
+    with started(host, "relay", *options, under=(sys.executable, "-c", PASS_ON)) as relay:
+        relay.wait_until_ready()
+        with talk(host) as client, accept(server) as accepted:
+            client.sendall(b"x")
+            assert accepted.recv(1) == b"x"
+        assert relay.stop() == 0
 
 
 # The loopback device.

@@ -1,0 +1,165 @@
+"""A bridge goes on accepting whatever accepting, dialling and its connections come to."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+from enlink.endpoint import Tcp, Unix
+from enlink.errors import ConfigError
+from enlink.supervise import Stopping
+from enlink.testing.programs import in_trio, until
+from relay.allowlist import parse_rule
+from relay.bridge import Bridge
+from relay.config import BridgeConfig, RelayConfig
+from relay.service import Relay, open_relay
+
+
+class Faulty(socket.socket):
+    """A listening socket whose accept(2) fails now and then."""
+
+    failures: list[int]
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self.failures:
+            number = self.failures.pop()
+            raise OSError(number, os.strerror(number))
+        return super().accept()
+
+
+@pytest.fixture
+def listener() -> Iterator[Faulty]:
+    with Faulty() as listener:
+        listener.failures = []
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.setblocking(False)
+        yield listener
+
+
+@pytest.fixture
+def server() -> Iterator[socket.socket]:
+    """Where bridges lead to."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        yield server
+
+
+@asynccontextmanager
+async def relaying(listener: socket.socket, server: socket.socket, **settings: Any) -> AsyncIterator[Relay]:
+    bridge = BridgeConfig(listen=Tcp(*listener.getsockname()), target=Tcp(*server.getsockname()), **settings)
+    stopping = Stopping()
+    async with open_relay(RelayConfig(bridges=(bridge,), grace_s=0)) as relay, trio.open_nursery() as nursery:
+        nursery.start_soon(relay.run, [[listener]], stopping)
+        yield relay
+        stopping.set("the test is over")
+
+
+def bridge_of(relay: Relay) -> dict[str, Any]:
+    bridges: Any = relay.snapshot()["bridges"]
+    bridge: dict[str, Any] = bridges[0]
+    return bridge
+
+
+async def exchange(listener: socket.socket, server: socket.socket) -> None:
+    """Open a connection, and pass a byte through it and one back."""
+    async with await trio.open_tcp_stream(*listener.getsockname()) as client:
+        await client.send_all(b"x")
+        accepted, _ = await trio.socket.from_stdlib_socket(server).accept()
+        with accepted:
+            assert await accepted.recv(1) == b"x"
+            await accepted.send(b"y")
+            assert await client.receive_some(1) == b"y"
+
+
+@pytest.mark.proves("F54", "F53")
+@pytest.mark.parametrize(
+    "failure", ["ECONNABORTED", "EPROTO", "ENOBUFS", "ENOMEM", "EMFILE", "ENFILE", "EPERM", "ENETDOWN", "EHOSTUNREACH"]
+)
+def test_a_failure_to_accept_costs_a_pause_and_one_line(
+    listener: Faulty, server: socket.socket, failure: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        async with relaying(listener, server) as relay:
+            await exchange(listener, server)
+            listener.failures = [getattr(errno, failure)] * 3
+            began = trio.current_time()
+            await exchange(listener, server)
+            assert trio.current_time() - began < 8 * 1.5
+            assert listener.failures == []
+            assert bridge_of(relay)["connections"] == {"accept_paused": 3, "accepted": 2}
+
+    with caplog.at_level(logging.WARNING):
+        in_trio(test)()
+    lines = [record for record in caplog.records if record.getMessage() == "accept_paused"]
+    assert [vars(line)["fields"]["reason"] for line in lines] == [failure]
+
+
+@pytest.mark.proves("F26", "D22")
+def test_a_target_that_refuses_costs_its_connections_and_no_others(listener: Faulty, server: socket.socket) -> None:
+    async def test() -> None:
+        async with relaying(listener, server) as relay:
+            address = server.getsockname()
+            server.close()
+            for _ in range(5):
+                async with await trio.open_tcp_stream(*listener.getsockname()) as client:
+                    with pytest.raises(trio.BrokenResourceError):
+                        await client.receive_some(1)
+            assert bridge_of(relay)["ended"] == {"unreachable": 5}
+            with socket.create_server(address) as again:
+                again.setblocking(False)
+                await exchange(listener, again)
+            await until(lambda: bridge_of(relay)["active"] == 0)
+
+    in_trio(test)()
+
+
+def test_a_client_that_has_gone_before_its_target_was_reached_leaves_nothing(
+    listener: Faulty, server: socket.socket
+) -> None:
+    async def test() -> None:
+        async with relaying(listener, server) as relay:
+            with socket.create_connection(listener.getsockname()) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            await until(lambda: bridge_of(relay)["ended"] == {"reset": 1})
+            first, _ = server.accept()
+            with first, pytest.raises(ConnectionResetError):
+                first.recv(1)
+            await exchange(listener, server)
+
+    in_trio(test)()
+
+
+def test_what_is_told_of_a_connection_is_how_it_ended_and_what_it_carried(
+    listener: Faulty, server: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        async with relaying(listener, server) as relay:
+            await exchange(listener, server)
+            await until(lambda: bridge_of(relay)["active"] == 0)
+            snapshot = bridge_of(relay)
+            assert snapshot["bytes"] == {"from_target": 1, "spliced": 0, "to_target": 1}
+            assert snapshot["ended"] == {"eof": 1}
+
+    with caplog.at_level(logging.DEBUG, Bridge.__module__):
+        in_trio(test)()
+    (line,) = [record for record in caplog.records if record.getMessage() == "connection_ended"]
+    assert vars(line)["fields"]["how"] == "eof"
+
+
+def test_rules_that_can_never_allow_the_target_are_told_at_the_start() -> None:
+    async def test() -> None:
+        rules = (parse_rule("127.0.0.1:81"),)
+        bridge = BridgeConfig(listen=Unix("/front"), target=Tcp("127.0.0.1", 80), allow=rules)
+        with pytest.raises(ConfigError, match="no --allow lets unix:/front reach its target"):
+            async with open_relay(RelayConfig(bridges=(bridge,))):
+                pass
+
+    in_trio(test)()
