@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
@@ -24,6 +24,15 @@ def test_builds_are_told_apart_by_one_size() -> None:
     """And confirmed by one symbol."""
     sizes = {232: "2022a", 248: "2022b", 240: "2023"}
     assert {size: choose_layout(size, has_claims_symbol=size != 232).name for size in sizes} == sizes
+
+
+def test_offsets_are_those_of_the_headers() -> None:
+    """Compiled from each build's own; the stand-in's builds confirm them by working."""
+    assert {size: astuple(layout) for size, layout in LAYOUTS.items()} == {
+        232: ("2022a", None, 48, 64),
+        248: ("2022b", 160, 64, 80),
+        240: ("2023", 152, 64, 80),
+    }
 
 
 @pytest.mark.parametrize(("size", "found"), [(256, "a 256 byte"), (0, "a 0 byte"), (None, "no")])
@@ -212,6 +221,22 @@ def test_too_many_or_too_long_claims_are_refused(layout: Layout) -> None:
         Memory(layout).claims(*[(b"n", b"", 0)] * 257).read()
     with pytest.raises(ValueError, match="has 65537 bytes, not 0 to 65536"):
         Memory(layout).claims((b"n", b"", 65_537)).read()
+
+
+@ALL
+def test_lengths_at_the_limits_are_taken(layout: Layout) -> None:
+    """Nothing, and as much as is copied at most."""
+    for size in (0, 65_536):
+        assert len(sgx(layout, bytes(size)).read().quote) == size
+    memory = Memory(layout, kind=3)
+    memory.put("=QI", layout.fields_at, memory.address(bytes(4096)), 4096)
+    assert memory.read().csv_vm_id == bytes(4096)
+
+
+@WITH_CLAIMS
+def test_a_claim_may_be_as_long_as_the_limit(layout: Layout) -> None:
+    """To the byte."""
+    assert Memory(layout).claims((b"n", bytes(65_536), 65_536)).read().custom_claims == (("n", bytes(65_536)),)
 
 
 @ALL
