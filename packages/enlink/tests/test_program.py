@@ -335,7 +335,8 @@ def test_printed_text_is_written_before_the_program_ends_or_its_loss_told(
             monkeypatch.setattr(sys, "stdout", stdout)
             assert run_program(parser(), printing, []) == code
         monkeypatch.undo()
-    told = "enta: cannot write to standard output: [Errno 28] No space left on device; make room for it\n"
+    why = "[Errno 28] No space left on device"
+    told = f"enta: cannot write to standard output: {why}; make room there, or send it elsewhere\n"
     assert capfd.readouterr().err == told
 
 
@@ -538,7 +539,7 @@ from enlink.errors import Unavailable
 from enlink.program import ProgramParser, run_program
 
 async def main(options):
-    print("x" * 1000)
+    print("x" * 1_000_000)
     if options.fail:
         raise Unavailable("nobody answers")
 
@@ -548,30 +549,50 @@ sys.exit(run_program(parser, main))
 """
 
 
-def run_printer(*argv: str, stdout: int) -> tuple[int, str]:
-    """The exit code and standard error of the program above, which collects what it prints until it ends."""
+@pytest.fixture(params=["", "1"], ids=["buffered", "unbuffered"])
+def unbuffered(request: pytest.FixtureRequest) -> str:
+    """What PYTHONUNBUFFERED is: nothing that is printed may depend on it."""
+    value: str = request.param
+    return value
+
+
+def run_printer(unbuffered: str, redirection: str, *options: str) -> tuple[int, str]:
+    """The exit code and standard error of the program above, whose standard output a shell redirects."""
     done = subprocess.run(
-        [sys.executable, "-c", PRINTER, *argv],
-        env={**os.environ, "PYTHONUNBUFFERED": ""},
-        stdout=stdout,
-        stderr=subprocess.PIPE,
+        ["sh", "-c", f'{{ "$0" "$@"; echo $? >&2; }} {redirection}', sys.executable, "-c", PRINTER, *options],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        capture_output=True,
         text=True,
         timeout=FAR_BEYOND_S,
         check=False,
     )
-    return done.returncode, done.stderr
+    *lines, code = done.stderr.splitlines(keepends=True)
+    return int(code), "".join(lines)
 
 
-def test_output_that_cannot_be_written_is_told_unless_there_is_worse() -> None:
-    told = "printer: cannot write to standard output: [Errno 28] No space left on device; make room for it\n"
-    with Path("/dev/full").open("w") as full:
-        assert run_printer(stdout=full.fileno()) == (71, told)
-        assert run_printer("--help", stdout=full.fileno()) == (71, told)
-        assert run_printer("--fail", stdout=full.fileno()) == (69, "printer: nobody answers\n")
+@pytest.mark.proves("F68")
+@pytest.mark.parametrize(
+    ("redirection", "why"),
+    [(">/dev/full", "[Errno 28] No space left on device"), ("</dev/null >&0", "[Errno 9] Bad file descriptor")],
+)
+def test_output_that_cannot_be_written_is_told_unless_there_is_worse(
+    unbuffered: str, redirection: str, why: str
+) -> None:
+    told = f"printer: cannot write to standard output: {why}; make room there, or send it elsewhere\n"
+    assert run_printer(unbuffered, redirection) == (71, told)
+    assert run_printer(unbuffered, redirection, "--help") == (71, told)
+    assert run_printer(unbuffered, redirection, "--fail") == (69, "printer: nobody answers\n")
 
 
-def test_a_reader_that_has_seen_enough_is_no_error() -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    assert run_printer(stdout=writing) == (0, "")
-    os.close(writing)
+@pytest.mark.proves("F68")
+@pytest.mark.parametrize("redirection", [">&-", "| :"])
+def test_output_that_nobody_wants_is_no_error(unbuffered: str, redirection: str) -> None:
+    """A closed standard output, and a reader that has seen enough."""
+    for options in ([], ["--help"]):
+        assert run_printer(unbuffered, redirection, *options) == (0, "")
+
+
+def test_output_is_whole_and_comes_before_the_error(unbuffered: str) -> None:
+    """More than a pipe holds, all of which an unbuffered stream need not write."""
+    text = "x" * 1_000_000 + "\n"
+    assert run_printer(unbuffered, "2>&1 | cat >&2", "--fail") == (69, f"{text}printer: nobody answers\n")

@@ -1,5 +1,20 @@
+"""Where echosvr starts: an interrupt during the imports ends it without a word, as it ends any program."""
+
+from __future__ import annotations
+
+import signal
 import sys
 
-from echosvr.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run echosvr and return its exit code."""
+    # Python would raise KeyboardInterrupt inside some import. Who starts it with interrupts ignored means that.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from echosvr.cli import main as run
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

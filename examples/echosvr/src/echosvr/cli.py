@@ -22,10 +22,12 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT  # what a shell makes of it
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the client or the server and return the exit code."""
-    options = _parser().parse_args(argv)
-    logging.basicConfig(format="echosvr: %(message)s")
-    code = 0
+    code, handler = 0, signal.getsignal(signal.SIGINT)
     try:
+        if handler == signal.SIG_DFL:  # as it is while this program is imported
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        options = _parser().parse_args(argv)
+        logging.basicConfig(format="echosvr: %(message)s")
         trio.run(_serve if options.command == "server" else _exchange, options)
     except* Failure as failures:
         for failure in failures.exceptions:
@@ -33,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = failure.exit_code if isinstance(failure, Failure) else code
     except* KeyboardInterrupt:
         code = EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, handler)
     return code
 
 

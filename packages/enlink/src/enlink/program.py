@@ -6,6 +6,7 @@ A program is ``run_program(parser, main)``. Nothing happens at import. How lines
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import logging
 import os
@@ -16,7 +17,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -117,6 +118,9 @@ def run_program(
 ) -> int:
     """Parse the command line, run *main* with it in trio, and return the exit code. To be called by ``cli`` only.
 
+    What *main* prints is written when it has ended. A standard output that is closed, or whose reader has left, is none
+    of the program's business; one that takes nothing else makes it exit with 71, after all else went well.
+
     Whatever is raised becomes one line on standard error, never a traceback, which ``--log-level debug`` adds:
 
     - an EngError its text and exit code; of several, the first in the order usage, configuration, permission, cannot
@@ -126,14 +130,17 @@ def run_program(
     - anything else, 70, told before all the others, because it is a mistake of ours.
     """
     with _interrupts_restored(), log_to_standard_error() as log, _unraisable_logged():
-        code, sentence = 0, ""
+        code, sentence, printed = 0, "", io.StringIO()
         try:
             try:
+                if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as it is while a program is imported
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
                 _occupy_standard_descriptors()
-                options = parser.parse_args(argv)
-                log.is_json = getattr(options, "log_format", "text") == "json"
-                logging.getLogger().setLevel(getattr(options, "log_level", "info").upper())
-                trio.run(main, options)
+                with redirect_stdout(printed):
+                    options = parser.parse_args(argv)
+                    log.is_json = getattr(options, "log_format", "text") == "json"
+                    logging.getLogger().setLevel(getattr(options, "log_level", "info").upper())
+                    trio.run(main, options)
             finally:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # what happened is settled, and to tell it takes a moment
         except SystemExit as done:  # of --help and --version
@@ -142,9 +149,10 @@ def run_program(
             code, sentence = _outcome(error)
             for line in "".join(traceback.format_exception(error)).splitlines():
                 log_event(_logger, "traceback", logging.DEBUG, line=line)
-        unwritten = _flush_standard_output()
+        unwritten = _write_standard_output(printed.getvalue())
         if unwritten and not code:
-            code, sentence = SystemFailure.exit_code, f"cannot write to standard output: {unwritten}; make room for it"
+            code = SystemFailure.exit_code
+            sentence = f"cannot write to standard output: {unwritten}; make room there, or send it elsewhere"
         if sentence:
             log.tell(f"{parser.prog}: {sentence}")
         return code
@@ -226,15 +234,15 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-def _flush_standard_output() -> OSError | None:
-    """Write out what was printed, and return why that failed, unless the reader just left."""
+def _write_standard_output(text: str) -> OSError | None:
+    """Return why *text* cannot be written, unless nobody wants it."""
+    if not text or sys.stdout is None:
+        return None
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        # With a buffer of its own: that of PYTHONUNBUFFERED takes no notice of what is left over.
+        with os.fdopen(sys.stdout.fileno(), "wb", closefd=False) as output:
+            output.write(text.encode(sys.stdout.encoding, sys.stdout.errors or "strict"))
     except OSError as error:
-        # The interpreter flushes again when it ends, and complains in its own words.
-        with suppress(OSError), Path(os.devnull).open("wb") as null:
-            os.dup2(null.fileno(), sys.stdout.fileno())
         return None if isinstance(error, BrokenPipeError) else error
     return None
 
