@@ -114,15 +114,16 @@ WRONG_USE = [
     (64, "client --capture 7 --entg-connect host:65536", "65536"),
     (64, "client --capture 7 --entg-connect vsock://3:1", "vsock://"),
     (64, "client --capture 7 --entg-connect ::1:6980", "brackets"),
-    # what is not built yet
-    (78, "client --capture 7 --entg-rats-tls", "--entg-rats-tls"),
+    # attested links
+    (78, "client --capture 7 --entg-rats-tls", "--policy FILE"),
     (78, "client --capture 7 --mutual", "--mutual"),
     (78, "client --capture 7 --attester x", "--attester"),
     (78, "client --capture 7 --verifier x", "--verifier"),
     (78, "client --capture 7 --tls x", "--tls"),
     (78, "client --capture 7 --crypto x", "--crypto"),
     (78, "client --capture 7 --policy x", "--policy"),
-    (78, "server --replay 7 --entg-rats-tls --policy x", "--policy"),
+    (78, "server --replay 7 --entg-rats-tls --policy x --insecure-no-attestation", "contradict"),
+    (78, "server --replay 7 --entg-rats-tls --policy x --mutual", "--attester"),
 ]
 
 

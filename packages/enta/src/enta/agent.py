@@ -14,6 +14,7 @@ from functools import partial
 from typing import Final, NoReturn, TypeVar
 
 import trio
+from enlink.attested import AttestedSide
 from enlink.connection import Unreachable
 from enlink.errors import EngError, leaves
 from enlink.frame import Hello, Packets, Role
@@ -47,10 +48,18 @@ class Agent:
 
     Args:
         firewall: where the rules go; made for the same plan.
+        attested: makes the attested link that the configuration asks for.
         is_held_closed: a dead run left its guard, which must not open before this one works.
     """
 
-    def __init__(self, config: AgentConfig, firewall: Firewall, *, is_held_closed: bool = False) -> None:
+    def __init__(
+        self,
+        config: AgentConfig,
+        firewall: Firewall,
+        *,
+        is_held_closed: bool = False,
+        attested: AttestedSide | None = None,
+    ) -> None:
         plan = config.plan
         self._config = config
         self._firewall = firewall
@@ -69,7 +78,9 @@ class Agent:
             self._counters,
             wire=config.wire,
             is_once=config.is_once,
+            attested=attested,
         )
+        self._attested = attested
         self._tun: Tun | None = None
         self._is_capturing = False
         self._started_s = trio.current_time()
@@ -140,6 +151,8 @@ class Agent:
     async def _carry(self, tun: Tun) -> NoReturn:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._uplink.run)
+            if self._attested is not None:
+                nursery.start_soon(self._attested.warn_for_ever)
             nursery.start_soon(self._pump, tun)
             nursery.start_soon(self._restore_what_others_remove)
             await self._uplink.has_been_up.wait()

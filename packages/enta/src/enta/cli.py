@@ -13,8 +13,10 @@ from ipaddress import AddressValueError, IPv4Address, IPv4Interface, NetmaskValu
 from pathlib import Path
 
 import trio
+from enlink.attestation import add_attestation_options, read_attestation
+from enlink.attested import prepare
 from enlink.endpoint import Tcp, parse_dial
-from enlink.errors import ConfigError, EngError, Unavailable, UsageError
+from enlink.errors import EngError, Unavailable, UsageError
 from enlink.program import ProgramParser, log_event, run_program
 from enlink.status import InstanceLock, fetch_status, live_instances, render_status, serve_status
 from enlink.supervise import stop_signals
@@ -50,8 +52,6 @@ Hands what arrives from the gateway to local servers, and carries their answers 
 port that the client captures, whatever its number there.
 """
 _logger = logging.getLogger(__name__)
-
-_ATTESTED = ("attester", "verifier", "tls", "crypto", "policy")
 
 
 def main() -> int:
@@ -108,11 +108,7 @@ def _add_agent_options(parser: ProgramParser, role: Role) -> None:
         action="store_true",
         help="end when the gateway cannot be reached or has gone, instead of trying again",
     )
-    attested = parser.add_argument_group("attested link (RATS-TLS: not built yet, refused with exit code 78)")
-    attested.add_argument("--entg-rats-tls", action="store_true", help="attest the link to the gateway")
-    attested.add_argument("--mutual", action="store_true", help="both sides attest")
-    for name in _ATTESTED:
-        attested.add_argument(f"--{name}", metavar="FILE" if name == "policy" else "NAME")
+    add_attestation_options(parser, entg_rats_tls="attest the link to the gateway")
 
 
 def _add_plan_options(parser: ProgramParser, role: Role | str) -> None:
@@ -229,22 +225,18 @@ def _plan(options: argparse.Namespace, role: Role) -> Plan:
 
 
 async def _agent(options: argparse.Namespace) -> None:
-    asked_for = [name for name in (*_ATTESTED, "entg_rats_tls", "mutual") if getattr(options, name)]
-    if asked_for:
-        option = asked_for[0].replace("_", "-")
-        raise ConfigError(
-            f"--{option}: RATS-TLS links are not built yet, and there is no fallback to plain ones: leave it out"
-        )
+    attestation = read_attestation(options, ("entg_rats_tls",), {"client"})
     plan = _plan(options, options.role)
     if not plan.captures and not plan.replays:
         option = "--capture" if options.role == "client" else "--replay"
         raise UsageError(
             f"no port to {option[2:]}: give at least one, as in {option} 7; see enta {options.role} --help"
         )
-    config = AgentConfig(plan, options.entg_connect, options.wire, options.firewall, is_once=options.once)
+    config = AgentConfig(plan, options.entg_connect, options.wire, options.firewall, options.once, attestation)
     if options.dry_run:
         sys.stdout.write(_dry_run(config))
         return
+    attested = await prepare(attestation, "client")
     facts = {"tun_name": plan.tun_name, "table": plan.table, "mark": plan.mark, "firewall": config.firewall}
     path = Path(options.status_socket) if options.status_socket else None
     async with stop_signals() as stopping:
@@ -253,7 +245,8 @@ async def _agent(options: argparse.Namespace) -> None:
             closing(_firewall(config)) as firewall,
             InstanceLock("enta", plan.instance, status_path=path, facts=facts) as lock,
         ):
-            agent = Agent(config, firewall, is_held_closed=plan.instance in leftover_instances())
+            is_held_closed = plan.instance in leftover_instances()
+            agent = Agent(config, firewall, is_held_closed=is_held_closed, attested=attested)
             async with trio.open_nursery() as nursery:
                 await nursery.start(serve_status, lock.status_path, agent.snapshot)
                 await agent.run(stopping)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from enlink.attestation import Attestation
 from enlink.endpoint import Tcp
 from enlink.frame import Wire
 
@@ -24,6 +25,7 @@ class AgentConfig:
         gateway: where its uplink goes.
         wire: ``original`` for a gateway that knows no control messages.
         firewall: which packet filter to use; ``auto`` takes nftables, and iptables where that cannot be had.
+        attestation: how the link to the gateway is attested; None: it is plain.
         is_once: end when the gateway cannot be reached or has gone, instead of trying again.
     """
 
@@ -32,3 +34,4 @@ class AgentConfig:
     wire: Wire = "auto"
     firewall: FirewallChoice = "auto"
     is_once: bool = False
+    attestation: Attestation | None = None

@@ -6,11 +6,13 @@ Packets that find no link wait in a bounded queue, whose oldest give way: what a
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NoReturn
 
 import trio
+from enlink.attested import AttestedSide
 from enlink.connection import Unreachable
 from enlink.errors import leaves
 from enlink.frame import Close, Hello, Packets, Wire, encode_packets
@@ -63,6 +65,7 @@ class Uplink:
     Args:
         deliver: takes what the gateway sends, at once and without blocking. Called while no task runs, see `Link`.
         wire: ``original`` for a gateway that knows no control messages.
+        attested: makes an attested link of a plain one; without it, it stays plain.
         is_once: the first failure is the end, instead of another attempt.
 
     Attributes:
@@ -78,6 +81,7 @@ class Uplink:
         *,
         wire: Wire = "auto",
         is_once: bool = False,
+        attested: AttestedSide | None = None,
     ) -> None:
         self._dialer = dialer
         self._hello = hello
@@ -86,6 +90,8 @@ class Uplink:
         self._sent = counters.group("to_gateway")
         self._wire = wire
         self._is_once = is_once
+        self._attested = attested
+        self._evidence: str | None = None
         self._queue = PacketQueue()
         self._link: Link | None = None
         self._is_told_down = False
@@ -105,10 +111,16 @@ class Uplink:
             "up": link is not None,
             "gateway": str(self._dialer.endpoint),
             "peer": describe(link.peer) if link else None,
+            **self._attestation(),
             "for_s": round(trio.current_time() - self._changed_s, 3),
             "last_error": self._last_error,
             "queued": {"packets": len(self._queue), "bytes": self._queue.size_bytes},
         }
+
+    def _attestation(self) -> Mapping[str, object]:
+        if self._attested is None:
+            return {}
+        return {"attested": {"terms": str(self._attested), "peer": self._evidence if self._link else None}}
 
     def send_at_once(self, packets: list[bytes]) -> bool:
         """Send packets, oldest first, if that can be done without waiting; else do nothing, and return False."""
@@ -143,8 +155,12 @@ class Uplink:
                 await self._connect_and_receive()
             except* (Unreachable, LinkEnded) as group:
                 error = next(leaves(group))
+            reason = error.reason if isinstance(error, LinkEnded) else "unreachable"
+            self._counters.add("uplink_ended", reason)
+            if reason == "reattest":
+                log_event(_logger, "uplink_due", reason=reason)
+                continue
             self._last_error = str(error)
-            self._counters.add("uplink_ended", error.reason if isinstance(error, LinkEnded) else "unreachable")
             if self._is_once:
                 raise error
             if not self._is_told_down:
@@ -155,7 +171,13 @@ class Uplink:
             await trio.sleep(backoff.next_delay_s())
 
     async def _connect_and_receive(self) -> NoReturn:
-        link = Link(await self._dialer.dial(), self._hello, lambda reason: self._counters.add("dropped", reason))
+        stream: trio.abc.Stream = await self._dialer.dial()
+        age_limit_s = math.inf
+        if self._attested is not None:
+            attested = await self._attested.shake_hands(stream)
+            stream, self._evidence = attested.stream, attested.evidence
+            age_limit_s = self._attested.max_link_age_s
+        link = Link(stream, self._hello, lambda reason: self._counters.add("dropped", reason))
         farewell: Close | None = None
         try:
             async with trio.open_nursery() as nursery:
@@ -172,8 +194,10 @@ class Uplink:
                 self.has_been_up.set()
                 if len(self._queue):
                     await self._transmit(link, self._queue.take_all())
-                await link.receive(self._take)
-                raise AssertionError("unreachable: everything is taken")
+                with trio.move_on_after(age_limit_s):
+                    await link.receive(self._take)
+                farewell = Close("the link is due to be attested again")
+                _end_of_age(age_limit_s)
         except* LinkEnded as ended:
             # Nobody hears farewells on a link that is gone; and to who broke the protocol, it was not we who stopped.
             fault = next((error for error in leaves(ended) if isinstance(error, PeerFault)), None)
@@ -206,3 +230,7 @@ class Uplink:
     def _count_dropped(self, reason: str, count: int) -> None:
         if count:
             self._counters.add("dropped", reason, count)
+
+
+def _end_of_age(limit_s: float) -> NoReturn:
+    raise LinkEnded("reattest", f"attested {limit_s:.0f} s ago, as long as the policy allows")

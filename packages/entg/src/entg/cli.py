@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import trio
+from enlink.attestation import Side, add_attestation_options, read_attestation
+from enlink.attested import prepare
 from enlink.duration import parse_duration_s
 from enlink.endpoint import Tcp, parse_dial, parse_listen
 from enlink.errors import ConfigError, Unavailable, UsageError
@@ -32,7 +34,6 @@ examples:
   entg --entg-connect gateway.example:6979      on the host of the client's agent: dials the other gateway
   entg status --json                            every counter of the gateway that runs here
 """
-_ATTESTED = ("attester", "verifier", "tls", "crypto", "policy")
 
 
 def main() -> int:
@@ -45,7 +46,9 @@ def _parser() -> ProgramParser:
     parser.set_defaults(run=_gateway)
     where = parser.add_argument_group("where it runs")
     where.add_argument("--host", action="store_true", help="on an ordinary host (the default)")
-    where.add_argument("--occlum", action="store_true", help="in an Occlum enclave (needs RATS-TLS: not built yet)")
+    where.add_argument(
+        "--occlum", action="store_true", help="in an Occlum enclave (not built yet, refused with exit code 78)"
+    )
     links = parser.add_argument_group("links")
     links.add_argument(
         "--entg-connect", metavar="HOST:PORT", type=partial(parse_dial, kind=Tcp), help="dial the peer ENTG there"
@@ -77,12 +80,9 @@ def _parser() -> ProgramParser:
         default=10.0,
         help="how long an orderly stop may take to pass on what has arrived (default: 10s)",
     )
-    attested = parser.add_argument_group("attested links (RATS-TLS: not built yet, refused with exit code 78)")
-    attested.add_argument("--entg-rats-tls", action="store_true", help="attest the link to the peer ENTG")
-    attested.add_argument("--enta-rats-tls", action="store_true", help="attest the links to ENTAs")
-    attested.add_argument("--mutual", action="store_true", help="both sides attest")
-    for name in _ATTESTED:
-        attested.add_argument(f"--{name}", metavar="FILE" if name == "policy" else "NAME")
+    add_attestation_options(
+        parser, entg_rats_tls="attest the link to the peer ENTG", enta_rats_tls="attest the links to ENTAs"
+    )
     parser.add_common_options(__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     status = commands.add_parser(
@@ -117,18 +117,26 @@ async def _main(options: argparse.Namespace) -> None:
 
 async def _gateway(options: argparse.Namespace) -> None:
     if options.occlum:
-        raise ConfigError("--occlum needs RATS-TLS links, which are not built yet: use --host, without attestation")
-    for name in ("entg_rats_tls", "enta_rats_tls", "mutual", *_ATTESTED):
-        if getattr(options, name) not in (None, False):  # not even an empty value is ignored
-            raise ConfigError(
-                f"--{name.replace('_', '-')}: RATS-TLS links are not built yet, and there is no fallback to plain ones:"
-                " leave it out"
-            )
+        raise ConfigError("--occlum is not built yet: use --host")
     entg_listen = options.entg_listen
     if entg_listen is None and options.entg_connect is None:
         entg_listen = Tcp(None, DEFAULT_ENTG_PORT)
-    config = GatewayConfig(options.enta_listen, entg_listen, options.entg_connect, options.wire, options.grace)
-    gateway = Gateway(config)
+    entg_side: Side = "server" if options.entg_connect is None else "client"
+    wanted: dict[str, Side] = {"enta_rats_tls": "server", "entg_rats_tls": entg_side}
+    attestation = read_attestation(
+        options, tuple(wanted), {side for name, side in wanted.items() if getattr(options, name)}
+    )
+    config = GatewayConfig(
+        options.enta_listen,
+        entg_listen,
+        options.entg_connect,
+        options.wire,
+        options.grace,
+        attestation if options.enta_rats_tls else None,
+        attestation if options.entg_rats_tls else None,
+    )
+    enta_attested = await prepare(config.enta_attestation, "server")
+    gateway = Gateway(config, enta_attested, await prepare(config.entg_attestation, entg_side))
     async with stop_signals() as stopping:
         port = await _bind(gateway, stopping)
         if port is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from enlink.attestation import Attestation
 from enlink.endpoint import Tcp
 from enlink.errors import ConfigError
 from enlink.frame import Wire
@@ -23,6 +24,7 @@ class GatewayConfig:
         entg_connect: where the peer ENTG is.
         wire: ``original`` if the peers are original ones, which know no control messages.
         grace_s: how long an orderly stop may take to pass on what has arrived.
+        enta_attestation, entg_attestation: how the links of a leg are attested; None: they are plain.
     """
 
     enta_listen: Tcp = Tcp(None, DEFAULT_ENTA_PORT)
@@ -30,6 +32,8 @@ class GatewayConfig:
     entg_connect: Tcp | None = None
     wire: Wire = "auto"
     grace_s: float = 10.0
+    enta_attestation: Attestation | None = None
+    entg_attestation: Attestation | None = None
 
     def __post_init__(self) -> None:
         if (self.entg_listen is None) == (self.entg_connect is None):

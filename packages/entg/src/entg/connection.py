@@ -29,14 +29,16 @@ class Connection:
 
     Attributes:
         address: the other end, for people.
+        evidence: what the other end has proved of itself, for people; None if nothing was asked for.
         identity: who it is, once it has spoken and got the place.
         has_finished_reading: nothing that comes from here will be passed on any more.
         has_ended: it is to be closed. Until then `reason`, `text` and `farewell` say that the gateway stops.
     """
 
-    def __init__(self, stream: trio.abc.Stream, link: Link) -> None:
+    def __init__(self, stream: trio.abc.Stream, link: Link, evidence: str | None = None) -> None:
         self.link = link
-        self.address = _address(stream)
+        self.evidence = evidence
+        self.address = address_of(stream)
         self.identity: Identity | None = None
         self.since_s = self.last_sent_s = trio.current_time()
         self.has_finished_reading = trio.Event()
@@ -97,7 +99,8 @@ def _unread_bytes(stream: trio.abc.Stream) -> int:
     return int(unread)
 
 
-def _address(stream: trio.abc.Stream) -> str:
+def address_of(stream: trio.abc.Stream) -> str:
+    """Write for a person who is at the other end."""
     try:
         host, port, *_ = stream.socket.getpeername() if isinstance(stream, trio.SocketStream) else ("memory", 0)
     except OSError:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 
 import trio
+from enlink.attested import AttestedSide
 from enlink.listener import listen_tcp
 from enlink.program import announce_ready
 from enlink.status import Counters
@@ -22,14 +23,24 @@ _logger = logging.getLogger(__name__)
 
 
 class Gateway:
-    """A gateway with one leg to ENTAs and one to a peer ENTG."""
+    """A gateway with one leg to ENTAs and one to a peer ENTG.
 
-    def __init__(self, config: GatewayConfig) -> None:
+    Args:
+        enta_attested, entg_attested: what makes the attested links that the configuration asks for.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        enta_attested: AttestedSide | None = None,
+        entg_attested: AttestedSide | None = None,
+    ) -> None:
         self._config = config
         self._counters = Counters()
         router = Router()
-        self._enta = Leg("enta", router, self._counters, config.wire)
-        self._entg = Leg("entg", router, self._counters, config.wire)
+        self._enta = Leg("enta", router, self._counters, config.wire, enta_attested)
+        self._entg = Leg("entg", router, self._counters, config.wire, entg_attested)
+        self._attested = [side for side in (enta_attested, entg_attested) if side is not None]
         router.connect(self._enta, self._entg)
         self._listeners: list[tuple[Leg, list[trio.SocketListener]]] = []
         self._started_s = trio.current_time()
@@ -72,6 +83,8 @@ class Gateway:
                 if config.entg_connect is not None:
                     where["entg_connect"] = spell(config.entg_connect)
                 announce_ready(_logger, **where)
+                for side in self._attested:
+                    accepting.start_soon(side.warn_for_ever)
                 await stopping.wait()
                 accepting.cancel_scope.cancel()
             with trio.move_on_after(config.grace_s):

@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from typing import Final, Literal
 
 import trio
+from enlink.attested import AttestedSide, AttestedStream
 from enlink.connection import Unreachable
 from enlink.errors import leaves
-from enlink.frame import Error, Hello, Packets, Role, Wire
+from enlink.frame import Close, Error, Hello, Packets, Role, Wire
 from enlink.link import Link, LinkEnded, describe
 from enlink.program import RateLimitedLog, log_event
 from enlink.status import Counters
 from enlink.stream import Dialer, serve
 from enlink.supervise import Backoff
 
-from entg.connection import Connection, spell, spell_listeners
+from entg.connection import Connection, address_of, spell, spell_listeners
 from entg.place import Identity, Place, identify_agent, identify_gateway
 from entg.router import Router
 
@@ -44,10 +45,19 @@ class Leg:
     Args:
         name: what connects here: ``enta`` agents, or the peer ``entg``.
         wire: ``original`` if nobody here knows control messages.
+        attested: makes attested links of plain ones; without it they stay plain.
     """
 
-    def __init__(self, name: LegName, router: Router, counters: Counters, wire: Wire = "auto") -> None:
+    def __init__(
+        self,
+        name: LegName,
+        router: Router,
+        counters: Counters,
+        wire: Wire = "auto",
+        attested: AttestedSide | None = None,
+    ) -> None:
         self.name = name
+        self._attested = attested
         self._router = router
         self._wire = wire
         self._place: Place[Connection] = Place()
@@ -63,6 +73,7 @@ class Leg:
         self._limited = RateLimitedLog(_logger, trio.current_time)
         self._told_drops: set[str] = set()  # since the place changed hands
         self._leaving = 0
+        self._shaking_hands = 0
 
     def snapshot(self) -> Mapping[str, object]:
         """Describe this leg for ``status``."""
@@ -80,9 +91,15 @@ class Leg:
             "for_s": round(trio.current_time() - (holder.since_s if holder else self._changed_s), 3),
             "address": holder.address if holder else None,
             "peer": describe(holder.link.peer) if holder else None,
+            **self._attestation(holder),
             "problem": self._trouble[1] if self._trouble and not holder else None,
             "connections": len(self._connections),
         }
+
+    def _attestation(self, holder: Connection | None) -> Mapping[str, object]:
+        if self._attested is None:
+            return {}
+        return {"attested": {"terms": str(self._attested), "peer": holder.evidence if holder else None}}
 
     async def send(self, packets: Packets) -> None:
         """Pass packets to whoever holds the place; without one, or when it takes no more, drop and count them."""
@@ -122,10 +139,13 @@ class Leg:
         while True:
             try:
                 stream = await dialer.dial()
+                connection = self._admit(stream, await self._attest(stream))
             except Unreachable as error:
                 self._note_trouble("unreachable", f"{error}; does the peer gateway listen there (--entg-listen)?")
+            except LinkEnded as ended:
+                self._ended[ended.reason] += 1
+                self._note_trouble(ended.reason, str(ended))
             else:
-                connection = self._admit(stream)
                 connections.start_soon(self._run, connection, True)
                 await connection.has_finished_reading.wait()
                 if trio.current_time() - connection.since_s >= PROVED_GOOD_S:
@@ -141,12 +161,30 @@ class Leg:
 
     async def accept(self, stream: trio.abc.Stream) -> None:
         """Serve one that has connected, to its end."""
-        if len(self._connections) >= CONNECTION_LIMIT and not self._make_room():
+        if len(self._connections) + self._shaking_hands >= CONNECTION_LIMIT and not self._make_room():
             self._ended["too_many"] += 1
             self._limited.log("refused", "too_many", leg=self.name)
             await trio.aclose_forcefully(stream)
             return
-        await self._run(self._admit(stream), is_dialler=False)
+        address = address_of(stream)
+        self._shaking_hands += 1
+        try:
+            attested = await self._attest(stream)
+        except LinkEnded as ended:
+            self._ended[ended.reason] += 1
+            self._limited.log("refused", ended.reason, logging.WARNING, leg=self.name, address=address, error=ended)
+            return
+        finally:
+            self._shaking_hands -= 1
+        await self._run(self._admit(stream, attested), is_dialler=False)
+
+    async def _attest(self, stream: trio.abc.Stream) -> AttestedStream | None:
+        """Make an attested stream of a plain one; None where plain ones will do.
+
+        Raises:
+            LinkEnded: the peer was not accepted, or did not accept us; *stream* is closed.
+        """
+        return None if self._attested is None else await self._attested.shake_hands(stream)
 
     def _make_room(self) -> bool:
         """End the last connection in line, or else the first that has yet to say a word. Returns if there was one."""
@@ -159,11 +197,12 @@ class Leg:
         leaving.end("too_many", "there are too many connections", Error("there are too many connections"))
         return True
 
-    def _admit(self, stream: trio.abc.Stream) -> Connection:
+    def _admit(self, stream: trio.abc.Stream, attested: AttestedStream | None) -> Connection:
         def count(reason: str) -> None:
             self._received_dropped[reason] += 1
 
-        connection = Connection(stream, Link(stream, Hello(Role.GATEWAY), count))
+        link = Link(attested.stream if attested else stream, Hello(Role.GATEWAY), count)
+        connection = Connection(stream, link, attested.evidence if attested else None)
         self._connections.append(connection)
         return connection
 
@@ -172,6 +211,7 @@ class Leg:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_alive, connection)
+                nursery.start_soon(self._end_of_age, connection)
                 identity = await self._introduce(connection, is_dialler=is_dialler)
                 if identity is not None and self._claim(connection, identity):
                     await self._forward(connection)
@@ -200,6 +240,13 @@ class Leg:
             await connection.link.keep_alive()
         except LinkEnded as ended:
             self._give_up(connection, ended)
+
+    async def _end_of_age(self, connection: Connection) -> None:
+        """End a link whose peer was judged too long ago. The one that dials makes another."""
+        if self._attested is not None:
+            await trio.sleep(self._attested.max_link_age_s)
+            text = f"attested {self._attested.max_link_age_s:.0f} s ago, as long as the policy allows"
+            connection.end("reattest", text, Close(text))
 
     async def _introduce(self, connection: Connection, *, is_dialler: bool) -> Identity | None:
         """Find out who this is; None if it is to end before it has said so. It stands in line meanwhile."""
