@@ -5,30 +5,14 @@ The package is imported when somebody asks for attestation: without that, everyt
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
 
 import trio
 
 from enlink.attestation import Attestation, Side
-from enlink.errors import ConfigError, EngError, Unavailable
+from enlink.errors import ConfigError
 from enlink.link import LinkEnded
-from enlink.program import log_event
-
-if TYPE_CHECKING:
-    from ratstls.policy import Policy
-    from ratstls.stream import RatsTlsStream, Settings
-
-# Choices of ours.
-HANDSHAKE_DEADLINE_S: Final = 10.0  # absolute: evidence may take seconds to make and to confirm
-_WARN_INTERVAL_S: Final = 60.0
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +28,15 @@ class AttestedSide:
 
     max_link_age_s: float = math.inf
 
-    async def shake_hands(self, stream: trio.abc.Stream) -> AttestedStream:
+    async def shake_hands(self, _: trio.abc.Stream, /) -> AttestedStream:
         """Not there yet."""
         raise LinkEnded("handshake", "attested links are not built yet")
 
     async def warn_for_ever(self) -> None:
-        """Nothing yet."""
+        """Not there yet."""
 
 
-async def prepare(attestation: Attestation | None, side: Side) -> AttestedSide | None:
+async def prepare(attestation: Attestation | None, _: Side, /) -> AttestedSide | None:
     """Not there yet."""
     if attestation is None:
         return None
