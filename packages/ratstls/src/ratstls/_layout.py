@@ -20,8 +20,6 @@ _API_VERSION, _FLAGS, _LOG_LEVEL, _TLS, _ATTESTER, _VERIFIER, _CRYPTO, _CERT_ALG
 _FLAG_MUTUAL, _FLAG_SERVER = 1 << 0, 1 << 1
 _ECC_256_SHA256 = 1  # the library's own "default" has two numbers, depending on the build
 _CLAIM = struct.Struct("=QQQ")  # char *name, uint8_t *value, size_t value_size
-# rtls_core_context_t is the configuration and six words.
-_CONTEXT_BEYOND_CONF = 48
 # Enough for every build: fields that are never set must read as zero.
 _CONF_BYTES = 512
 
@@ -43,7 +41,7 @@ class Layout:
     fields_at: int
 
 
-# By the size of global_core_context.
+# By the size of global_core_context, which is the configuration and six words.
 LAYOUTS = {
     232: Layout("2022a", claims_at=None, quote_size_at=48, fields_at=64),
     248: Layout("2022b", claims_at=160, quote_size_at=64, fields_at=80),
