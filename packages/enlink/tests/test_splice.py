@@ -15,8 +15,9 @@ from typing import Literal
 import pytest
 import trio
 from enlink import splice
+from enlink.direction import BUFFER_BYTES
 from enlink.pipes import PIPE_BYTES
-from enlink.splice import BUFFER_BYTES, Limits, Mover, Outcome
+from enlink.splice import Limits, Mover, Outcome
 from enlink.testing.programs import in_trio, until
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st

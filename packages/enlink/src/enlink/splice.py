@@ -8,11 +8,7 @@ buffer nor pipe, and what one direction may hold back is a buffer or a pipe, nev
 
 from __future__ import annotations
 
-import errno
-import os
 import socket
-import struct
-from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from time import monotonic
@@ -22,15 +18,9 @@ from typing import Final, Literal, Self, TypeAlias
 import outcome as trio_outcome
 import trio
 
-from enlink.pipes import MAX_PIPES, PIPE_BYTES, Pipe, PipePool
-from enlink.pump import Pump, current_pump
-
-# Choices of ours.
-BUFFER_BYTES: Final = 64 * 1024
-_THIN_BYTES: Final = 16 * 1024  # below it a copy is cheaper than two splices
-
-_SPLICE_FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
-_ABORT: Final = struct.pack("ii", 1, 0)  # struct linger: close(2) sends RST and drops what is unsent
+from enlink.direction import BUFFER_BYTES, Direction
+from enlink.pipes import MAX_PIPES, PipePool
+from enlink.pump import current_pump
 
 Ending: TypeAlias = Literal["eof", "reset", "idle", "lifetime", "half_close_timeout"]
 
@@ -91,7 +81,7 @@ class Mover:
 
         Takes over both sockets, which must be connected and non-blocking, and closes them, also when cancelled. An
         end of one direction is passed on when all its bytes have been; the other goes on. Within a direction no more
-        than `PIPE_BYTES` wait here; then its source is not read.
+        than a pipe's megabyte waits here; then its source is not read.
         """
         connection = _Connection(self, left, right)
         try:
@@ -113,8 +103,8 @@ class _Connection:
         self._wakes_on_half_close = False
         self.last_moved_s = monotonic()
         self._directions = (
-            _Direction(self, mover, self._pump, left, right),
-            _Direction(self, mover, self._pump, right, left),
+            Direction(self, left, right, self._pump, mover.buffer, mover.pipes),
+            Direction(self, right, left, self._pump, mover.buffer, mover.pipes),
         )
 
     async def run(self, limits: Limits) -> Ending:
@@ -185,168 +175,3 @@ class _Connection:
             return trio.lowlevel.Abort.FAILED
         self._is_waiting = False
         return trio.lowlevel.Abort.SUCCEEDED
-
-
-class _Direction:
-    """One way through a connection. It either reads its source, or holds bytes and waits for its sink, or is over."""
-
-    __slots__ = (
-        *("_connection", "_held", "_is_bulk", "_may_splice", "_mover", "_pipe", "_pump"),
-        *("_sink", "_sink_fd", "_source", "_source_fd", "is_broken", "is_over", "moved_bytes", "spliced_bytes"),
-    )
-
-    def __init__(
-        self, connection: _Connection, mover: Mover, pump: Pump, source: socket.socket, sink: socket.socket
-    ) -> None:
-        self._connection, self._mover, self._pump = connection, mover, pump
-        self._source, self._source_fd = source, source.fileno()
-        self._sink, self._sink_fd = sink, sink.fileno()
-        self._held: memoryview | None = None
-        self._pipe: Pipe | None = None
-        self._is_bulk = False
-        self._may_splice = True
-        self.is_over = False
-        self.is_broken = False
-        self.moved_bytes = 0
-        self.spliced_bytes = 0
-
-    @property
-    def is_held(self) -> bool:
-        """Bytes wait here, because the sink takes none."""
-        return self._held is not None or self._pipe is not None
-
-    def start(self) -> None:
-        self._pump.on_readable(self._source_fd, self._on_readable)
-
-    def stop(self) -> None:
-        """Move nothing any more; what is held is lost."""
-        self._pump.on_readable(self._source_fd, None)
-        self._pump.on_writable(self._sink_fd, None)
-        self._held = None
-        if self._pipe is not None:
-            self._mover.pipes.give_back(self._pipe)
-            self._pipe = None
-
-    def close_source(self, *, aborts: bool) -> None:
-        if aborts and self._source.family in (socket.AF_INET, socket.AF_INET6):
-            with suppress(OSError):
-                self._source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
-        self._source.close()
-
-    def _on_readable(self) -> None:
-        # Once: others get their turn, and the pump calls again. More rounds at a time proved no faster.
-        pipe = self._mover.pipes.take() if self._is_bulk and self._may_splice else None
-        if pipe is None:
-            self._copy()
-        else:
-            self._splice(pipe)
-
-    def _copy(self) -> None:
-        buffer = self._mover.buffer
-        try:
-            count = self._source.recv_into(buffer)
-        except BlockingIOError:
-            return
-        except OSError:
-            self._connection.finish("reset")
-            return
-        if not count:
-            self._end()
-            return
-        self._is_bulk = count == BUFFER_BYTES
-        try:
-            sent = self._sink.send(buffer[:count])
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self._break()
-            return
-        self._moved(sent)
-        if sent < count:
-            self._held = memoryview(bytes(buffer[sent:count]))
-            self._wait_for_sink()
-
-    def _splice(self, pipe: Pipe) -> None:
-        try:
-            count = os.splice(self._source_fd, pipe.write_end, PIPE_BYTES, flags=_SPLICE_FLAGS)
-        except OSError as error:
-            self._mover.pipes.give_back(pipe)
-            if isinstance(error, BlockingIOError):
-                self._is_bulk = False
-            elif error.errno == errno.EINVAL:  # a family that knows no splice
-                self._may_splice = False
-            else:
-                self._connection.finish("reset")
-            return
-        if not count:
-            self._mover.pipes.give_back(pipe)
-            self._end()
-            return
-        self._is_bulk = count >= _THIN_BYTES
-        self._pipe = pipe
-        pipe.held_bytes = count
-        if not self._empty_pipe(pipe) and not self.is_over:
-            self._wait_for_sink()
-
-    def _empty_pipe(self, pipe: Pipe) -> bool:
-        """Pass on what the pipe holds, as much as goes; returns whether that was all, and the pipe given back."""
-        while pipe.held_bytes:
-            try:
-                # It may take less than the sink would: a pipe holds pieces.
-                sent = os.splice(pipe.read_end, self._sink_fd, pipe.held_bytes, flags=_SPLICE_FLAGS)
-            except BlockingIOError:
-                return False
-            except OSError:
-                self._break()
-                return False
-            pipe.held_bytes -= sent
-            self._moved(sent)
-            self.spliced_bytes += sent
-        self._pipe = None
-        self._mover.pipes.give_back(pipe)
-        return True
-
-    def _on_writable(self) -> None:
-        if self._pipe is not None:
-            if not self._empty_pipe(self._pipe):
-                return
-        elif self._held is not None:
-            try:
-                sent = self._sink.send(self._held)
-            except BlockingIOError:
-                return
-            except OSError:
-                self._break()
-                return
-            self._moved(sent)
-            if sent < len(self._held):
-                self._held = self._held[sent:]
-                return
-            self._held = None
-        self._pump.on_writable(self._sink_fd, None)
-        self._pump.on_readable(self._source_fd, self._on_readable)
-
-    def _wait_for_sink(self) -> None:
-        self._pump.on_readable(self._source_fd, None)
-        self._pump.on_writable(self._sink_fd, self._on_writable)
-        self._connection.direction_stuck()
-
-    def _moved(self, count: int) -> None:
-        self.moved_bytes += count
-        self._connection.last_moved_s = monotonic()
-
-    def _end(self) -> None:
-        """Pass on the end of the source: all its bytes have gone before."""
-        self.is_over = True
-        self._pump.on_readable(self._source_fd, None)
-        with suppress(OSError):  # it has gone already, which the other direction finds out
-            self._sink.shutdown(socket.SHUT_WR)
-        self._connection.last_moved_s = monotonic()
-        self._connection.direction_ended()
-
-    def _break(self) -> None:
-        """Stop, because the sink takes no more for ever; what it has said before may still be on its way back."""
-        self.is_broken = self.is_over = True
-        self.stop()
-        self._connection.direction_ended()
-        self._connection.direction_stuck()

@@ -8,14 +8,13 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-import struct
 from collections.abc import Sequence
-from contextlib import suppress
 from ipaddress import ip_address
 from typing import Any, Final
 
 import trio
 from enlink.connection import name_of
+from enlink.direction import abort
 from enlink.endpoint import CID_ANY, Tcp, Unix, Vsock
 from enlink.errors import EngError
 from enlink.program import RateLimitedLog, log_event
@@ -37,7 +36,6 @@ _TCP_OPTIONS: Final = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
 )
 
-_ABORT: Final = struct.pack("ii", 1, 0)
 _INTERNET: Final = (socket.AF_INET, socket.AF_INET6)
 _logger = logging.getLogger(__name__)
 
@@ -106,9 +104,14 @@ class Bridge:
     async def _carry(self, client: socket.socket, peer: Any) -> None:
         try:
             target = await self._reach(client, peer)
-            if target is None:
-                return
             outcome = await self._mover.bridge(client, target, self._limits)
+        except NotAllowed as error:
+            self._ended[error.reason] += 1
+            self._limited.log("target_refused", error.reason, target=self._config.target, error=error)
+        except (EngError, OSError) as error:
+            self._ended["unreachable"] += 1
+            self._limited.log("target_unreachable", str(self._config.target), error=error)
+        else:
             self._bytes["to_target"] += outcome.left_to_right_bytes
             self._bytes["from_target"] += outcome.right_to_left_bytes
             self._bytes["spliced"] += outcome.spliced_bytes
@@ -118,25 +121,19 @@ class Bridge:
             self._active -= 1
             self._freed.set()
 
-    async def _reach(self, client: socket.socket, peer: Any) -> socket.socket | None:
-        """Return a connection to the target; None if there is none to be had, and the client's is closed."""
+    async def _reach(self, client: socket.socket, peer: Any) -> socket.socket:
+        """Connect to the target for *client*, which is closed if that fails."""
         try:
             tune(client)
             target = await self._target.connect()
-            tune(target)
-            if self._config.proxy_protocol:
-                # Nothing has been sent before, so there is room for all of it.
-                target.send(encode_header(_as_announced(client, peer)))
-        except NotAllowed as error:
-            abort(client)
-            self._ended[error.reason] += 1
-            self._limited.log("target_refused", error.reason, target=self._config.target, error=error)
-            return None
-        except (EngError, OSError) as error:
-            abort(client)
-            self._ended["unreachable"] += 1
-            self._limited.log("target_unreachable", str(self._config.target), error=error)
-            return None
+            try:
+                tune(target)
+                if self._config.proxy_protocol:
+                    # Nothing has been sent before, so there is room for all of it.
+                    target.send(encode_header(_as_announced(client, peer)))
+            except BaseException:
+                target.close()
+                raise
         except BaseException:
             abort(client)
             raise
@@ -165,11 +162,3 @@ def tune(sock: socket.socket) -> None:
     if sock.family in _INTERNET:
         for level, option, value in _TCP_OPTIONS:
             sock.setsockopt(level, option, value)
-
-
-def abort(sock: socket.socket) -> None:
-    """Close a connection so that its peer takes what it has for torn, not for whole, if the family can tell."""
-    if sock.family in _INTERNET:
-        with suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
-    sock.close()
