@@ -15,24 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from enlink.control import VERSION, Close, ControlMessage, Error, Hello, Keepalive, Role, Unknown
 from enlink.frame import (
     FLOOD_LIMIT,
     HEADER_BYTES,
     JUNK_LIMIT,
     LIMIT_BYTES,
-    VERSION,
-    Close,
-    ControlMessage,
     Discarded,
-    Error,
     Event,
     Fault,
     FrameDecoder,
-    Hello,
-    Keepalive,
     Packets,
-    Role,
-    Unknown,
     encode_control,
     encode_packets,
 )

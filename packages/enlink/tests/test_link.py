@@ -16,20 +16,8 @@ from typing import Any, ParamSpec
 
 import pytest
 import trio
-from enlink.frame import (
-    FLOOD_LIMIT,
-    JUNK_LIMIT,
-    Close,
-    ControlMessage,
-    Error,
-    FrameDecoder,
-    Hello,
-    Keepalive,
-    Packets,
-    Role,
-    encode_control,
-    encode_packets,
-)
+from enlink.control import Close, ControlMessage, Error, Hello, Keepalive, Role
+from enlink.frame import FLOOD_LIMIT, JUNK_LIMIT, FrameDecoder, Packets, encode_control, encode_packets
 from enlink.link import (
     GREETING_DEADLINE_S,
     KEEPALIVE_INTERVAL_S,

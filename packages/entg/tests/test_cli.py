@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import trio
-from enlink.frame import Hello, Role
+from enlink.control import Hello, Role
 from enlink.testing.hosts import Host
 from enlink.testing.peers import connect
 from enlink.testing.programs import FAR_BEYOND_S, NOBODY, Program, as_nobody, in_trio, started

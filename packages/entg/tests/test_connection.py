@@ -6,8 +6,9 @@ from contextlib import aclosing
 
 import pytest
 import trio
+from enlink.control import Close, Error, Hello, Role
 from enlink.endpoint import Tcp
-from enlink.frame import Close, Error, Hello, Role, encode_packets
+from enlink.frame import encode_packets
 from enlink.link import Link
 from enlink.testing.peers import ip_packets
 from enlink.testing.streams import reset, tcp_stream_pair

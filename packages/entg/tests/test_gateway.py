@@ -16,7 +16,8 @@ from typing import Literal
 
 import pytest
 import trio
-from enlink.frame import Close, Hello, Keepalive, Role, encode_packets
+from enlink.control import Close, Hello, Keepalive, Role
+from enlink.frame import encode_packets
 from enlink.testing.hosts import Host
 from enlink.testing.peers import Peer, connect, ip_packet, ip_packets, listening
 from enlink.testing.programs import Program, in_trio, started, until

@@ -12,7 +12,8 @@ from typing import Literal
 
 import pytest
 import trio
-from enlink.frame import Error, Hello, Keepalive, Role, encode_control, encode_packets
+from enlink.control import Error, Hello, Keepalive, Role
+from enlink.frame import encode_control, encode_packets
 from enlink.testing.hosts import Host
 from enlink.testing.peers import Peer, connect, ip_packet, ip_packets
 from enlink.testing.programs import FAR_BEYOND_S, Program, in_trio, started, until

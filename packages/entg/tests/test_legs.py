@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import trio
 from enlink.connection import Unreachable
+from enlink.control import Close, Error, Hello, Keepalive, Role
 from enlink.endpoint import Tcp
-from enlink.frame import Close, Error, Hello, Keepalive, Role, Wire, encode_control, encode_packets
+from enlink.frame import Wire, encode_control, encode_packets
 from enlink.link import SILENCE_LIMIT_S
 from enlink.status import Counters
 from enlink.stream import Dialer

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Interface
 
 import pytest
-from enlink.frame import FrameDecoder, Hello, Packets, Role, encode_packets
+from enlink.control import Hello, Role
+from enlink.frame import FrameDecoder, Packets, encode_packets
 from enlink.testing.peers import ip_packet
 from entg.place import Identity, Place, identify_agent, identify_gateway
 from hypothesis import given

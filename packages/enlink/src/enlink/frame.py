@@ -3,7 +3,7 @@
 A frame is ``length: u32 big-endian`` and *length* bytes, which are one of:
 
 - an IP packet (first nibble 4 or 6), passed on as it is;
-- a control message: ``0x00, type: u8, body``, for the neighbour only;
+- a control message, for the neighbour only: see control.py;
 - anything else, which is dropped and counted.
 
 ``docs/wire-format.md`` shows every byte; `tests/test_frame.py` holds its golden vectors.
@@ -14,12 +14,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import IntEnum
-from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 from typing import Final, Literal
 
+from enlink.control import ControlMessage, Hello, decode_message, encode_message
+
 Buffer = bytes | bytearray | memoryview
-Interface = IPv4Interface | IPv6Interface
 DiscardReason = Literal["empty", "not_ip", "too_short"]
 FaultReason = Literal["frame_len", "junk", "flood", "bad_control"]
 Wire = Literal["auto", "original"]  # with control messages where the peer knows them, or packets only
@@ -27,89 +26,14 @@ Wire = Literal["auto", "original"]  # with control messages where the peer knows
 # The wire format.
 HEADER_BYTES: Final = 4
 LIMIT_BYTES: Final = 65_535  # the largest IPv4 packet
-VERSION: Final = 1
 _MIN_IPV4_BYTES: Final = 20  # RFC 791
 _MIN_IPV6_BYTES: Final = 40  # RFC 8200
 
 # Choices of ours.
 JUNK_LIMIT: Final = 64  # frames in a row that are neither packet nor message: this is no peer of ours
 FLOOD_LIMIT: Final = 1024  # frames a second that carry no packet: each costs us more than it costs the peer
-_MAX_HELLO_BYTES: Final = 1024
-_MAX_TEXT_BYTES: Final = 255
 
 _LENGTH = struct.Struct("!I")
-_HELLO = struct.Struct("!BBH")  # version, role, MTU
-_FIELD = struct.Struct("!BH")  # tag, length
-
-
-class Role(IntEnum):
-    """Who is speaking, as HELLO says it."""
-
-    CLIENT_AGENT = 1
-    SERVER_AGENT = 2
-    GATEWAY = 3
-
-
-class ControlType(IntEnum):
-    """The second byte of a control message."""
-
-    HELLO = 1
-    ROUTES = 2  # reserved: who is where. Comes with the many-party router; skipped until then.
-    KEEPALIVE = 3
-    CLOSE = 4
-    ERROR = 5
-
-
-class _HelloTag(IntEnum):
-    INSTANCE = 1
-    TUN = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """The first message on a link, both ways.
-
-    Attributes:
-        instance: the sender's instance name, at most 63 bytes of UTF-8.
-        tun: the sender's TUN addresses with their prefix lengths; none for a gateway.
-        mtu: the largest IP packet the sender takes, in bytes.
-        version: of the wire format. A peer with a higher one still understands version 1.
-    """
-
-    role: Role
-    instance: str = "default"
-    tun: tuple[Interface, ...] = ()
-    mtu: int = LIMIT_BYTES
-    version: int = VERSION
-
-
-@dataclass(frozen=True, slots=True)
-class Keepalive:
-    """I am alive; nothing else to say."""
-
-
-@dataclass(frozen=True, slots=True)
-class Close:
-    """An orderly end: nothing follows. An end of stream without it is a truncation."""
-
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Error:
-    """Why the sender ends this link, for a person to read."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Unknown:
-    """A control message of a type that this version does not know; skipped."""
-
-    type: int
-
-
-ControlMessage = Hello | Keepalive | Close | Error | Unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,21 +191,12 @@ class FrameDecoder:
         return True
 
     def _decode_control(self, payload: memoryview) -> ControlMessage:
-        kind, body = payload[1], bytes(payload[2:])
-        match kind:
-            case ControlType.HELLO:
-                if self._has_hello:
-                    raise ValueError("HELLO for the second time")
-                self._has_hello = True
-                return _decode_hello(body)
-            case ControlType.KEEPALIVE:
-                return Keepalive()
-            case ControlType.CLOSE:
-                return Close(_decode_text(body))
-            case ControlType.ERROR:
-                return Error(_decode_text(body))
-            case _:
-                return Unknown(kind)
+        message = decode_message(payload)
+        if isinstance(message, Hello):
+            if self._has_hello:
+                raise ValueError("HELLO for the second time")
+            self._has_hello = True
+        return message
 
     def _break(self, events: list[Event], reason: FaultReason, text: str) -> None:
         self._is_broken = True
@@ -310,83 +225,5 @@ def encode_control(message: ControlMessage) -> bytes:
     Raises:
         ValueError: a field is out of its range, or *message* is `Unknown`.
     """
-    body: bytes
-    match message:
-        case Hello():
-            kind, body = ControlType.HELLO, _encode_hello(message)
-        case Keepalive():
-            kind, body = ControlType.KEEPALIVE, b""
-        case Close(reason):
-            kind, body = ControlType.CLOSE, _encode_text(reason)
-        case Error(reason):
-            kind, body = ControlType.ERROR, _encode_text(reason)
-        case _:
-            raise ValueError("an unknown message cannot be encoded")
-    return _LENGTH.pack(2 + len(body)) + bytes((0, kind)) + body
-
-
-def _encode_hello(hello: Hello) -> bytes:
-    if not (0 < hello.version < 256 and 0 < hello.mtu <= LIMIT_BYTES):
-        raise ValueError(f"version {hello.version} or MTU {hello.mtu} is out of range")
-    instance = hello.instance.encode()
-    if len(instance) > 63:
-        raise ValueError(f"the instance name has {len(instance)} bytes, more than 63")
-    parts = [
-        _HELLO.pack(hello.version, hello.role, hello.mtu),
-        _FIELD.pack(_HelloTag.INSTANCE, len(instance)),
-        instance,
-    ]
-    for interface in hello.tun:
-        value = bytes((interface.network.prefixlen,)) + interface.packed
-        parts += (_FIELD.pack(_HelloTag.TUN, len(value)), value)
-    body = b"".join(parts)
-    if len(body) > _MAX_HELLO_BYTES:
-        raise ValueError(f"HELLO of {len(body)} bytes, more than {_MAX_HELLO_BYTES}: too many TUN addresses")
-    return body
-
-
-def _decode_hello(body: bytes) -> Hello:
-    if not _HELLO.size <= len(body) <= _MAX_HELLO_BYTES:
-        raise ValueError(f"HELLO of {len(body)} bytes")
-    version, role, mtu = _HELLO.unpack_from(body)
-    if not version:
-        raise ValueError("HELLO of version 0")
-    if not mtu:
-        raise ValueError("HELLO with an MTU of 0")
-    instance, tun, start = "default", [], _HELLO.size
-    while start < len(body):
-        if len(body) - start < _FIELD.size:
-            raise ValueError("HELLO with a cut field")
-        tag, length = _FIELD.unpack_from(body, start)
-        start += _FIELD.size
-        value = body[start : start + length]
-        if len(value) != length:
-            raise ValueError("HELLO with a cut field")
-        start += length
-        if tag == _HelloTag.INSTANCE:
-            if length > 63:
-                raise ValueError("HELLO with an instance name of more than 63 bytes")
-            instance = value.decode()  # UnicodeDecodeError is a ValueError
-        elif tag == _HelloTag.TUN:
-            tun.append(_decode_interface(value))
-    return Hello(Role(role), instance, tuple(tun), mtu, version)
-
-
-def _decode_interface(value: bytes) -> Interface:
-    match len(value):
-        case 5:
-            return IPv4Interface((IPv4Address(value[1:]), value[0]))
-        case 17:
-            return IPv6Interface((IPv6Address(value[1:]), value[0]))
-        case length:
-            raise ValueError(f"HELLO with a TUN address of {length} bytes")
-
-
-def _encode_text(text: str) -> bytes:
-    # Cut at a character, not inside one.
-    return text.encode(errors="replace")[:_MAX_TEXT_BYTES].decode(errors="ignore").encode()
-
-
-def _decode_text(body: bytes) -> str:
-    # A reason is for people: a badly encoded one is better shown with marks than not at all.
-    return body[: 4 * _MAX_TEXT_BYTES].decode(errors="replace")
+    payload = encode_message(message)
+    return _LENGTH.pack(len(payload)) + payload

@@ -10,23 +10,9 @@ from typing import Final, Literal, NoReturn
 
 import trio
 
+from enlink.control import Close, ControlMessage, Error, Hello, Keepalive, Role, Unknown
 from enlink.errors import ProtocolError, Unavailable
-from enlink.frame import (
-    Buffer,
-    Close,
-    ControlMessage,
-    Discarded,
-    Error,
-    Event,
-    Fault,
-    FrameDecoder,
-    Hello,
-    Keepalive,
-    Packets,
-    Role,
-    Unknown,
-    encode_control,
-)
+from enlink.frame import Buffer, Discarded, Event, Fault, FrameDecoder, Packets, encode_control
 from enlink.port import Port, SocketPort, StreamPort
 
 Speech = Literal["silent", "raw", "eng"]

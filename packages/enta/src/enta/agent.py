@@ -16,8 +16,9 @@ from typing import Final, NoReturn, TypeVar
 import trio
 from enlink.attested import AttestedSide
 from enlink.connection import Unreachable
+from enlink.control import Hello, Role
 from enlink.errors import EngError, leaves
-from enlink.frame import Hello, Packets, Role
+from enlink.frame import Packets
 from enlink.link import LinkEnded
 from enlink.program import RateLimitedLog, announce_ready, log_event
 from enlink.status import Counters

@@ -14,8 +14,9 @@ from typing import Final, NoReturn
 import trio
 from enlink.attested import AttestedSide
 from enlink.connection import Unreachable
+from enlink.control import Close, Hello
 from enlink.errors import leaves
-from enlink.frame import Close, Hello, Packets, Wire, encode_packets
+from enlink.frame import Packets, Wire, encode_packets
 from enlink.link import Link, LinkEnded, PeerFault, describe
 from enlink.program import log_event
 from enlink.status import Counters

@@ -11,8 +11,9 @@ from functools import partial
 from typing import Final, TypeVar
 
 import trio
+from enlink.control import Close, Error
 from enlink.endpoint import Tcp
-from enlink.frame import Close, Error, Packets
+from enlink.frame import Packets
 from enlink.link import Link
 
 from entg.place import Identity

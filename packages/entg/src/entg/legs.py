@@ -9,8 +9,9 @@ from typing import Final, Literal
 import trio
 from enlink.attested import AttestedSide, AttestedStream
 from enlink.connection import Unreachable
+from enlink.control import Close, Error, Hello, Role
 from enlink.errors import leaves
-from enlink.frame import Close, Error, Hello, Packets, Role, Wire
+from enlink.frame import Packets, Wire
 from enlink.link import Link, LinkEnded, describe
 from enlink.program import RateLimitedLog, log_event
 from enlink.status import Counters

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address
 from typing import Generic, TypeVar
 
-from enlink.frame import Hello, Packets
+from enlink.control import Hello
+from enlink.frame import Packets
 
 C = TypeVar("C")
 

@@ -12,7 +12,8 @@ from typing import Self
 
 import trio
 
-from enlink.frame import ControlMessage, Event, FrameDecoder, Hello, Packets, encode_control, encode_packets
+from enlink.control import ControlMessage, Hello
+from enlink.frame import Event, FrameDecoder, Packets, encode_control, encode_packets
 from enlink.testing.hosts import Host
 
 
