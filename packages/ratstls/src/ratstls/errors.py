@@ -48,15 +48,25 @@ class EvidenceError(RatsTlsError):
 
 
 class HandshakeError(RatsTlsError):
-    """There is no session: the peers did not come to terms, or the connection ended."""
+    """There is no session: the peers did not come to terms, or the connection ended.
+
+    ``reason`` is one short word for logs and counters: ``handshake`` where the library does not tell, and else what
+    handshake.py found out.
+    """
+
+    def __init__(
+        self, text: str, *, reason: str = "handshake", code: ReturnCode | None = None, function: str | None = None
+    ) -> None:
+        super().__init__(text, code=code, function=function)
+        self.reason = reason
 
 
 class AttestationRejected(HandshakeError):
-    """The peer's evidence is genuine, but not what was expected. ``reason`` is one short word for logs and counters."""
+    """The peer's evidence is genuine, but not what was expected: ``reason`` is the policy's."""
 
     def __init__(self, reason: str, text: str, *, code: ReturnCode | None = None, function: str | None = None) -> None:
-        super().__init__(f"the peer's evidence was refused ({reason}): {text}", code=code, function=function)
-        self.reason = reason
+        text = f"the peer's evidence was refused ({reason}): {text}"
+        super().__init__(text, reason=reason, code=code, function=function)
 
 
 class SessionBroken(RatsTlsError, trio.BrokenResourceError):
