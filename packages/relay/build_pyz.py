@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 _SHEBANG: Final = b"#!/usr/bin/env -S python3 -I\n"
-_MAIN: Final = b"import sys\n\nfrom relay.cli import main\n\nsys.exit(main())\n"
+_MAIN: Final = b"import sys\n\nfrom relay.__main__ import main\n\nsys.exit(main())\n"
 _OWN: Final = {"eng-relay": "relay", "eng-link": "enlink"}  # installed for editing, they list no files
 _UNNEEDED: Final = ("_editable", "trio/_tests/", "enlink/testing/", "pyroute2/nftables/", "bin/")
 _LONG_AGO: Final = (1980, 1, 1, 0, 0, 0)  # the first moment that a zip file knows
