@@ -1,93 +1,29 @@
-"""``./dev bench [--quick]``: the four-host path beside the direct one, in interleaved rounds of one run.
-
-Only ratios between columns of one run mean anything: machines differ, and so do minutes. The direct path is the same
-four hosts and three wires, with the kernel forwarding in between.
-"""
+"""``./dev bench [path|relay] [--quick]``: the four-host path, and the relay, each beside what it is compared with."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path as FilePath
-from typing import Final, NamedTuple
+from dataclasses import replace
 
-from enlink.testing.hosts import Host
-
-sys.path.insert(0, str(FilePath(__file__).parents[1] / "examples" / "demo"))
-from path import PLACES, Path
-
-LOAD: Final = str(FilePath(__file__).with_name("load.py"))
-PORT: Final = "7"
-# What the original in Rust reached, beside a direct path on its own machine: for the ratios only.
-ORIGINAL: Final = {
-    "up_mbit_s": (184, 7377),
-    "down_mbit_s": (166, 7271),
-    "round_trip_p50_us": (411, 31),
-    "round_trip_p99_us": (2737, 79),
-    "loaded_round_trip_p50_us": (15200, 30),
-    "connections_per_s": (14, 1596),
-}
-
-
-class Course(NamedTuple):
-    """Where a load runs: from which host, to which address."""
-
-    client: Host
-    address: str
-
-
-@contextmanager
-def through_eng() -> Iterator[Course]:
-    """The path: captured, four programs, replayed."""
-    with Path(capture=[PORT], replay=[PORT]) as path:
-        path.start()
-        with path.running("server", sys.executable, LOAD, "serve", PORT):
-            yield Course(path.hosts["app"], "1.1.1.1")
-
-
-@contextmanager
-def direct() -> Iterator[Course]:
-    """The same hosts and wires without the programs: the kernels forward."""
-    with Path() as path:
-        app, near, far, server = (path.hosts[place] for place in PLACES)
-        near.run("ip", "route", "add", "10.81.3.0/24", "via", "10.81.2.2")
-        far.run("ip", "route", "add", "10.81.1.0/24", "via", "10.81.2.1")
-        for gateway in (near, far):
-            gateway.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
-        with path.running("server", sys.executable, LOAD, "serve", PORT):
-            yield Course(app, "10.81.3.2")
-        del server
+from bench import four_hosts, relays
 
 
 def main() -> int:
-    """Measure, and print a table and, as the last line, JSON."""
+    """Measure one part, or both; each prints a table and, as its last line, JSON."""
     parser = argparse.ArgumentParser("bench", description=__doc__)
+    parser.add_argument("part", nargs="?", choices=("path", "relay"), help="measure this one only")
     parser.add_argument("--quick", action="store_true", help="one short round of each, under a minute")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--seconds", type=float, default=None, help="for each figure of the relay")
     options = parser.parse_args()
-    rounds, seconds = (1, 1.0) if options.quick else (options.rounds, 3.0)
-    results: dict[str, list[dict[str, float]]] = {"eng": [], "direct": []}
-    with ExitStack() as stack:
-        courses = {"eng": stack.enter_context(through_eng()), "direct": stack.enter_context(direct())}
-        for _ in range(rounds):
-            for name, course in courses.items():
-                argv = (sys.executable, LOAD, "measure", course.address, PORT, str(seconds))
-                results[name].append(json.loads(course.client.run(*argv)))
-    _print_table(results)
-    print(json.dumps({"machine": platform.platform(), "rounds": rounds, "seconds": seconds, "results": results}))
+    if options.part != "relay":
+        four_hosts.run(rounds=1 if options.quick else options.rounds or 5, seconds=1.0 if options.quick else 3.0)
+    if options.part != "path":
+        size = relays.QUICK if options.quick else relays.FULL
+        size = replace(size, rounds=options.rounds or size.rounds, seconds=options.seconds or size.seconds)
+        relays.run(size)
     return 0
-
-
-def _print_table(results: dict[str, list[dict[str, float]]]) -> None:
-    print(f"{'':26}{'eng':>10}{'direct':>10}{'eng/direct':>12}{'original/direct':>17}")
-    for figure, (original, original_direct) in ORIGINAL.items():
-        eng, direct_ = (statistics.median(round_[figure] for round_ in results[name]) for name in ("eng", "direct"))
-        print(f"{figure:26}{eng:10.0f}{direct_:10.0f}{eng / direct_:12.3f}{original / original_direct:17.3f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""The benchmark of the relay takes every figure of every peer that there is, and names those that are not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FAR_BEYOND_S = 55.0
+FIGURES = {
+    *(f"{figure}, {load}" for figure in ("mbit_s", "cpu_s_per_gb") for load in ("1 connection", "64 connections")),
+    *("p50_us", "p99_us", "per_s", "memory_kib", "memory_kib_per_connection"),
+}
+
+
+def measure(path: str) -> tuple[list[str], dict[str, Any]]:
+    """Run it as small as can be, with this search path; returns its lines, and the JSON in the last."""
+    argv = [sys.executable, "-m", "bench", "relay", "--rounds", "1", "--seconds", "0.01"]
+    done = subprocess.run(
+        argv, cwd=ROOT, env={"PATH": path}, capture_output=True, text=True, timeout=FAR_BEYOND_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    return lines, json.loads(lines[-1])
+
+
+def test_every_figure_is_taken_of_every_peer_that_is_installed() -> None:
+    """The direct connection has no process between, and so no figures of one."""
+    _, document = measure("/usr/sbin:/usr/bin:/sbin:/bin")
+    results = document["results"]
+    there = {name for name in ("socat", "haproxy") if shutil.which(name)}
+    assert there | set(document["missing"]) == {"socat", "haproxy"}
+    assert set(results) - {"socat -b 256k"} == {"direct", "relay", *there}
+    for name, figures in results.items():
+        of_processes = {figure for figure in FIGURES if figure.startswith(("cpu", "memory"))}
+        assert set(figures) == (FIGURES - of_processes if name == "direct" else FIGURES)
+        for figure, values in figures.items():
+            least = (
+                0 if figure.startswith(("cpu", "memory_kib_per")) else 1e-9
+            )  # too short to be seen, in so small a run
+            assert len(values) == 1
+            assert values[0] >= least, (name, figure)
+    assert all(0 <= share <= 1 for share in document["foreign"])
+
+
+def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    for tool in ("ip", "sysctl", "ss"):
+        found = shutil.which(tool)
+        assert found
+        (tmp_path / tool).symlink_to(found)
+    lines, document = measure(str(tmp_path))
+    assert set(document["results"]) == {"direct", "relay"}
+    assert document["missing"] == ["haproxy", "socat"]
+    assert [line for line in lines if "not installed" in line] == [
+        f"{name} is not installed and left out: apt-get install {name}" for name in ("haproxy", "socat")
+    ]
+
+
+@pytest.mark.parametrize("words", [["relais"], ["relay", "--rounds", "many"]])
+def test_a_command_line_that_means_nothing_is_refused(words: list[str]) -> None:
+    argv = [sys.executable, "-m", "bench", *words]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, timeout=FAR_BEYOND_S, check=False)
+    assert done.returncode == 2
