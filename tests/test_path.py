@@ -7,8 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import standin
+from attested import attested_path
 from path import BIN, PLACES, Path, Place
 
 ECHO = str(BIN / "echosvr")
@@ -42,10 +45,16 @@ sys.exit(not (received == total and got.digest() == sent.digest()))
 """
 
 
-@pytest.fixture(scope="module")
-def path() -> Iterator[Path]:
-    """The path with three captured ports, running, and with echo servers behind two of them."""
-    with Path(capture=["7", "8080", "udp/53"], replay=["7", "8080", "udp/5353"]) as made:
+@pytest.fixture(scope="module", params=["plain", "attested"])
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The path with three captured ports, running, with echo servers behind two; its links of both kinds."""
+    ports: dict[str, Any] = {"capture": ["7", "8080", "udp/53"], "replay": ["7", "8080", "udp/5353"]}
+    if request.param == "plain":
+        chosen = Path(**ports)
+    else:
+        directory = tmp_path_factory.mktemp("attested")
+        chosen = attested_path(standin.build(directory / "rats-tls"), directory, **ports)
+    with chosen as made:
         made.start()
         with made.running("server", "echosvr", "server", "--port", "7"):
             yield made

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path as FilePath
 from types import TracebackType
@@ -40,8 +40,11 @@ PEER_GATEWAY: Final = "10.81.2.2"
 class Program:
     """A program on a host, and its log."""
 
-    def __init__(self, host: Host, argv: Sequence[str], log: FilePath) -> None:
+    def __init__(
+        self, host: Host, argv: Sequence[str], log: FilePath, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.host = host
+        self.environment = environment
         self.argv = [str(BIN / argv[0]), *argv[1:]] if (BIN / argv[0]).exists() else list(argv)
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -59,7 +62,7 @@ class Program:
         self._log.touch()
         self._log_start = self._log.stat().st_size
         with self._log.open("ab") as log:
-            self._process = self.host.popen(*self.argv, stdout=log, stderr=log)
+            self._process = self.host.popen(*self.argv, stdout=log, stderr=log, environment=self.environment)
 
     def log(self) -> str:
         """What it has written since it was last started."""
@@ -113,6 +116,7 @@ class Path:
     Args:
         ports: the options of the client's agent that say what it captures, and of the server's what it replays.
         client, server, near, far: more options for each program.
+        environment: what the four programs find there, besides what we do.
     """
 
     def __init__(
@@ -124,7 +128,9 @@ class Path:
         server: Sequence[str] = (),
         near: Sequence[str] = (),
         far: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        self._environment = environment
         self._stack = ExitStack()
         self._argv: dict[Place, list[str]] = {
             "app": [
@@ -164,7 +170,8 @@ class Path:
             app.run("ip", "route", "add", "default", "via", GATEWAY_OF_APP)
             server.run("ip", "route", "add", "default", "via", GATEWAY_OF_SERVER)
             for place in PLACES:
-                self.programs[place] = self.program(place, self._argv[place], f"{place}-{self._argv[place][0]}")
+                log = self.directory / f"{place}-{self._argv[place][0]}.log"
+                self.programs[place] = Program(self.hosts[place], self._argv[place], log, self._environment)
                 stack.callback(self.programs[place].end)
             self._stack = stack.pop_all()
         return self

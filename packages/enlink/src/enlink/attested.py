@@ -5,14 +5,30 @@ The package is imported when somebody asks for attestation: without that, everyt
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import trio
 
 from enlink.attestation import Attestation, Side
-from enlink.errors import ConfigError
+from enlink.errors import ConfigError, EngError, Unavailable
+from enlink.frame import Wire
 from enlink.link import LinkEnded
+from enlink.program import log_event
+
+if TYPE_CHECKING:
+    from ratstls.config import SessionConfig
+    from ratstls.handshake import HandshakeSettings
+    from ratstls.policy import Policy
+
+# Choices of ours.
+HANDSHAKE_DEADLINE_S: Final = 10.0  # absolute: one byte a second buys nobody a place
+_WARN_INTERVAL_S: Final = 60.0
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,20 +40,137 @@ class AttestedStream:
 
 
 class AttestedSide:
-    """One side of the handshakes of a program. Made by `prepare`."""
+    """One side of the handshakes of a program; made by `prepare`. ``str()`` says who is accepted.
 
-    max_link_age_s: float = math.inf
+    Attributes:
+        max_link_age_s: after so long the peer is to be judged again, on a new link.
+    """
 
-    async def shake_hands(self, _: trio.abc.Stream, /) -> AttestedStream:
-        """Not there yet."""
-        raise LinkEnded("handshake", "attested links are not built yet")
+    def __init__(self, settings: HandshakeSettings, policy: Policy | None) -> None:
+        self._settings = settings
+        self._policy = policy
+        self.max_link_age_s = math.inf if policy is None else policy.max_link_age_s
 
-    async def warn_for_ever(self) -> None:
-        """Not there yet."""
+    def __str__(self) -> str:
+        config = self._settings.config
+        attests = f"attests with {config.attester}" if config.is_attesting else "does not attest"
+        return f"{attests}; " + (f"accepts {self._policy}" if self._policy else "judges nobody")
+
+    async def shake_hands(self, stream: trio.abc.Stream) -> AttestedStream:
+        """Return an attested stream over *stream*, once both sides have accepted each other.
+
+        Raises:
+            LinkEnded: they have not, within `HANDSHAKE_DEADLINE_S`; its reason is the policy's or the handshake's.
+
+        Whatever is raised, *stream* is closed.
+        """
+        from ratstls.errors import HandshakeError, RatsTlsError
+        from ratstls.handshake import client_handshake, server_handshake
+
+        try:
+            if self._settings.config.is_server:
+                attested = await server_handshake(
+                    stream, self._settings, policy=self._policy, deadline_s=HANDSHAKE_DEADLINE_S
+                )
+            else:
+                assert self._policy is not None  # noqa: S101  # for mypy: `prepare` gives every client one
+                attested = await client_handshake(
+                    stream, self._settings, policy=self._policy, deadline_s=HANDSHAKE_DEADLINE_S
+                )
+        except (RatsTlsError, trio.BrokenResourceError) as error:
+            raise LinkEnded(error.reason if isinstance(error, HandshakeError) else "handshake", str(error)) from error
+        return AttestedStream(attested, str(attested.peer) if attested.peer else "was not asked")
+
+    async def warn_for_ever(self) -> NoReturn:
+        """Say at once, and then every minute, what is insecure about these links, as long as they are made."""
+        config = self._settings.config
+        warnings = [*(self._policy.warnings if self._policy else ())]
+        if config.weakness is not None:
+            warnings.append(f"INSECURE, {config.weakness}")
+        if not self._settings.is_acknowledged:
+            warnings.append("--wire original: peers do not say whether they accept this side's evidence")
+        while True:
+            for text in warnings:
+                log_event(_logger, "insecure", logging.WARNING, text=text)
+            await trio.sleep(_WARN_INTERVAL_S if warnings else math.inf)
 
 
-async def prepare(attestation: Attestation | None, _: Side, /) -> AttestedSide | None:
-    """Not there yet."""
+async def prepare(attestation: Attestation | None, side: Side, wire: Wire = "auto") -> AttestedSide | None:
+    """Check all that can be checked before the first link; None where links are plain.
+
+    May take seconds, in which this side's evidence is made once, for trial.
+
+    Raises:
+        ConfigError: the policy cannot be read or contradicts the plug-ins, or the library lacks one.
+        Unavailable: there is no package eng-ratstls, no library that works, or no evidence to be had here.
+    """
     if attestation is None:
         return None
-    raise ConfigError("RATS-TLS links are not built yet, and there is no fallback to plain ones: leave it out")
+    return await trio.to_thread.run_sync(_prepare, attestation, side, wire)
+
+
+def _prepare(attestation: Attestation, side: Side, wire: Wire) -> AttestedSide:
+    try:
+        from ratstls import errors
+    except ImportError as error:
+        raise Unavailable(
+            "attested links need the package eng-ratstls, which is not installed: pip install eng-ratstls"
+        ) from error
+    try:
+        return _checked(attestation, side, wire)
+    except errors.ConfigError as error:
+        raise ConfigError(str(error)) from error
+    except errors.RatsTlsError as error:
+        raise Unavailable(str(error)) from error
+
+
+def _checked(attestation: Attestation, side: Side, wire: Wire) -> AttestedSide:
+    from ratstls._library import load
+    from ratstls._session import Session
+    from ratstls.config import SessionConfig
+    from ratstls.handshake import HandshakeSettings
+
+    config = SessionConfig(
+        attester=attestation.attester,
+        verifier=attestation.verifier,
+        tls=attestation.tls,
+        crypto=attestation.crypto,
+        is_server=side == "server",
+        is_mutual=attestation.is_mutual,
+        is_attestation_waived=attestation.is_waived,
+    )
+    policy = _policy(attestation, config) if config.is_verifying else None
+    if policy is not None:
+        policy.check_verifier(config.verifier)
+    library = load()
+    settings = HandshakeSettings(library=library, config=config, is_acknowledged=wire == "auto")
+    # What is missing shows now, and not when the first peer comes.
+    trial = Session(library, config, _judge_nobody)
+    try:
+        trial.init()
+    finally:
+        trial.cleanup()
+    log_event(_logger, "attestation", library=library, side=side, terms=AttestedSide(settings, policy))
+    return AttestedSide(settings, policy)
+
+
+def _policy(attestation: Attestation, config: SessionConfig) -> Policy:
+    from ratstls.accepted import PolicyError
+    from ratstls.policy import Policy
+    from ratstls.policy_file import parse_policy
+
+    if attestation.is_waived:
+        return Policy(no_attestation=True)
+    if attestation.accepts_any_measurement:
+        return Policy.any_measurement(config.verifier)
+    path = Path(attestation.policy or "")
+    try:
+        return parse_policy(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"cannot read the policy {path}: {error}") from error
+    except PolicyError as error:
+        raise ConfigError(f"policy {path}: {error}") from error
+
+
+def _judge_nobody(_: object) -> NoReturn:
+    raise EngError("a trial has no peer")

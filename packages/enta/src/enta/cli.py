@@ -236,7 +236,7 @@ async def _agent(options: argparse.Namespace) -> None:
     if options.dry_run:
         sys.stdout.write(_dry_run(config))
         return
-    attested = await prepare(attestation, "client")
+    attested = await prepare(attestation, "client", options.wire)
     facts = {"tun_name": plan.tun_name, "table": plan.table, "mark": plan.mark, "firewall": config.firewall}
     path = Path(options.status_socket) if options.status_socket else None
     async with stop_signals() as stopping:

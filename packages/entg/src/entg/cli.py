@@ -135,8 +135,8 @@ async def _gateway(options: argparse.Namespace) -> None:
         attestation if options.enta_rats_tls else None,
         attestation if options.entg_rats_tls else None,
     )
-    enta_attested = await prepare(config.enta_attestation, "server")
-    gateway = Gateway(config, enta_attested, await prepare(config.entg_attestation, entg_side))
+    enta_attested = await prepare(config.enta_attestation, "server", config.wire)
+    gateway = Gateway(config, enta_attested, await prepare(config.entg_attestation, entg_side, config.wire))
     async with stop_signals() as stopping:
         port = await _bind(gateway, stopping)
         if port is None:

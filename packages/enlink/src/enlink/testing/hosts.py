@@ -10,7 +10,7 @@ import ctypes
 import os
 import secrets
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -49,10 +49,18 @@ class Host:
         return run(self.argv(argv), check=check, input=input)
 
     def popen(
-        self, *argv: str, stdout: int | IO[Any] | None = None, stderr: int | IO[Any] | None = None
+        self,
+        *argv: str,
+        stdout: int | IO[Any] | None = None,
+        stderr: int | IO[Any] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Start a program on this host. `ip netns exec` replaces itself, so the process id is the program's own."""
-        return subprocess.Popen(self.argv(argv), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+        """Start a program on this host, with *environment* besides our own.
+
+        `ip netns exec` replaces itself, so the process id is the program's own.
+        """
+        merged = {**os.environ, **(environment or {})}
+        return subprocess.Popen(self.argv(argv), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=merged)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
