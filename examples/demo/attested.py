@@ -43,10 +43,6 @@ def attested_path(library: FilePath, directory: FilePath, *, policy: str = POLIC
             "server": [*judging, *options.get("server", ())],
             "near": [*attesting, "--policy", str(file), *options.get("near", ())],
             "far": [*attesting, *options.get("far", ())],
-            "environment": {
-                **standin.Installation(library).environment,
-                **STANDIN_SAYS,
-                **options.get("environment", {}),
-            },
+            "environment": {**environment, **options.get("environment", {})},
         }
     )
