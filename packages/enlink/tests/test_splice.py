@@ -302,6 +302,32 @@ def test_an_answer_arrives_though_its_sender_has_left_without_reading_everything
     in_trio(lambda: bridged(answer_first, max_pipes=max_pipes))()
 
 
+def test_a_connection_that_leads_nowhere_ends_though_its_other_side_never_reads(max_pipes: int) -> None:
+    """One side has gone; what it said before waits for the other side, which says something and reads nothing."""
+
+    async def use(bridge: Bridged) -> None:
+        with trio.move_on_after(0.3):
+            await send_for_ever(bridge.right, MEGABYTE)
+        reset(bridge.right)
+        with suppress(ConnectionError):
+            while bridge.outcome is None:
+                await send_all(bridge.left, b"x")
+                await trio.sleep(0.01)
+        assert (await bridge.end()).ending == "reset"
+
+    in_trio(lambda: bridged(use, max_pipes=max_pipes, buffer_bytes=BUFFER_BYTES))()
+
+
+def test_a_sink_that_breaks_while_bytes_wait_for_it_ends_its_direction(max_pipes: int) -> None:
+    async def use(bridge: Bridged) -> None:
+        with trio.move_on_after(0.3):
+            await send_for_ever(bridge.left, MEGABYTE)
+        reset(bridge.right)
+        assert (await bridge.end()).ending == "reset"
+
+    in_trio(lambda: bridged(use, max_pipes=max_pipes, buffer_bytes=BUFFER_BYTES))()
+
+
 def test_a_reset_is_no_reset_on_a_unix_socket_but_an_end() -> None:
     """The family has none; what must not happen is that the connection stays."""
 
