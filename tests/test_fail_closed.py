@@ -9,12 +9,12 @@ import contextlib
 import errno
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
 from enlink.testing.hosts import Host
 from enlink.testing.probe import Packet, Wire, canary, send
+from enlink.testing.programs import comes_true
 from enlink.testing.state import difference, network_state
 from enta.cleanup import clean_up
 from path import GATEWAY_OF_APP, GATEWAY_OF_SERVER, Path, Program
@@ -75,15 +75,6 @@ def _clean_up(host: Host) -> list[str]:
         return clean_up()
 
 
-def _poll(condition: Callable[[], bool], timeout_s: float = FAR_BEYOND_S) -> bool:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.005)
-    return True
-
-
 def _strays(wire: Wire) -> list[Packet]:
     """What has left but the agent's own link to its gateway."""
     return [packet for packet in wire.packets() if (str(packet.destination), packet.port) != (GATEWAY_OF_APP, 6980)]
@@ -97,7 +88,7 @@ def _assert_heard(wire: Wire) -> None:
         heard.update((packet.protocol, packet.destination.version) for packet in _strays(wire))
         return heard >= TRIES
 
-    assert _poll(is_heard), f"the probe is blind: it has heard only {heard}"
+    assert comes_true(is_heard, FAR_BEYOND_S), f"the probe is blind: it has heard only {heard}"
 
 
 def _has_guard(host: Host) -> bool:
@@ -162,7 +153,9 @@ def test_what_others_remove_comes_back_and_nothing_leaves_meanwhile(
     with canary(host, tcp_port=7, udp_port=53), _connection(path) as echo:
         assert echo(b"before") == b"before"
         host.run(*damage.split())
-        assert _poll(lambda: difference(running, network_state(host)) == []), difference(running, network_state(host))
+        assert comes_true(lambda: difference(running, network_state(host)) == [], FAR_BEYOND_S), difference(
+            running, network_state(host)
+        )
         assert _strays(wire) == []
         assert echo(b"after") == b"after"
     assert agent.status()["counters"]["restored"]["removed_by_others"] > 0
@@ -228,7 +221,7 @@ def test_a_flushed_ruleset_and_a_kill_let_nothing_out(
         if not is_restored:
             agent.process.send_signal(signal.SIGSTOP)
         host.run("nft", "flush", "ruleset")
-        assert not is_restored or _poll(lambda: _has_guard(host))
+        assert not is_restored or comes_true(lambda: _has_guard(host), FAR_BEYOND_S)
         agent.kill()
         strays = [packet for packet in _strays(wire) if is_restored or packet.destination.version == 4]
         assert strays == []
@@ -306,7 +299,7 @@ def test_with_on_crash_open_neither_guard_nor_unreachable_route_is_ever_there(
         with _connection(path) as echo:
             assert echo(b"captured") == b"captured"
         host.run("ip", "rule", "flush", "protocol", "78")
-        assert _poll(lambda: host.run("ip", "rule").count("proto 78") == 6)
+        assert comes_true(lambda: host.run("ip", "rule").count("proto 78") == 6, FAR_BEYOND_S)
         host.run("nft", "flush", "ruleset")
         assert is_open()
         with canary(host, tcp_port=7, udp_port=53):

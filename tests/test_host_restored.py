@@ -12,11 +12,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
 from enlink.testing.hosts import Host
+from enlink.testing.programs import comes_true
 from enlink.testing.state import difference, network_state
 from path import BIN, GATEWAY_OF_APP, GATEWAY_OF_SERVER, PEER_GATEWAY, Path, Program
 
@@ -57,15 +58,6 @@ def before(path: Path, host: Host) -> Iterator[list[str]]:
     assert difference(before, network_state(host)) == []
 
 
-def _poll(condition: Callable[[], bool], timeout_s: float = FAR_BEYOND_S) -> bool:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.005)
-    return True
-
-
 def _echo(host: Host, address: str = "1.1.1.1", port: int = 7) -> None:
     """Reach the echo server as a captured program."""
     with host.entered():
@@ -98,7 +90,7 @@ def test_told_to_stop_at_random_moments_of_its_start_it_leaves_nothing(
     agent = path.programs["app"]
     for _ in range(8):
         agent.start()
-        assert _poll(lambda: "table=6978" in host.run("nft", "list", "ruleset"))
+        assert comes_true(lambda: "table=6978" in host.run("nft", "list", "ruleset"), FAR_BEYOND_S)
         with suppress(subprocess.TimeoutExpired):
             agent.process.wait(random.uniform(0, 0.2))
         agent.process.send_signal(number)
@@ -119,7 +111,7 @@ def test_told_to_stop_in_the_middle_of_traffic_it_takes_all_back(
     with program:
         program.connect(("1.1.1.1", 7))
         program.setblocking(False)
-        assert _poll(lambda: not _is_sent(program), 40), "the tunnel takes everything"
+        assert comes_true(lambda: not _is_sent(program), 40), "the tunnel takes everything"
         agent.process.send_signal(number)
         assert agent.process.wait(FAR_BEYOND_S) == 0
     assert agent.log().splitlines()[-1].endswith(f"stopping signal={number.name}")
@@ -156,9 +148,9 @@ def test_told_to_stop_while_its_gateway_is_no_help_it_leaves_nothing(
             program.connect(("1.1.1.1", 7))
             program.setblocking(False)
             near.process.send_signal(signal.SIGSTOP)
-            assert _poll(lambda: not _is_sent(program), 40), "a link takes everything"
+            assert comes_true(lambda: not _is_sent(program), 40), "a link takes everything"
         try:
-            assert _poll(lambda: "eng_default_guard" in host.run("nft", "list", "tables"))
+            assert comes_true(lambda: "eng_default_guard" in host.run("nft", "list", "tables"), FAR_BEYOND_S)
             agent.process.send_signal(signal.SIGTERM)
             assert agent.process.wait(FAR_BEYOND_S) == 0
         finally:
@@ -191,7 +183,7 @@ def test_an_agent_that_was_stopped_for_longer_than_its_gateway_waits_goes_on(pat
         agent.process.send_signal(signal.SIGSTOP)
         try:
             program.sendall(b"hello")
-            assert _poll(lambda: "reason=keepalive leg=enta" in near.log(), 40), near.log()
+            assert comes_true(lambda: "reason=keepalive leg=enta" in near.log(), 40), near.log()
         finally:
             agent.process.send_signal(signal.SIGCONT)
         assert program.recv(5, socket.MSG_WAITALL) == b"hello"

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ import pytest
 from enlink.testing.gateways import HELLO, AgentSide, Between, Connection, framed, split_frames
 from enlink.testing.hosts import Host
 from enlink.testing.probe import Packet, Wire
-from enlink.testing.programs import Program, started
+from enlink.testing.programs import Program, comes_true, started
 from enta.tun import open_tun
 from path import BIN, GATEWAY_OF_APP, GATEWAY_OF_SERVER, Path
 from path import Program as PathProgram
@@ -57,13 +57,6 @@ enta.agent.trimmed = lambda packet: packet
 del sys.argv[0]
 sys.exit(enta.cli.main())
 """
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline_s = time.monotonic() + FAR_BEYOND_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"never {what}"
-        time.sleep(0.01)
 
 
 def checksum(data: bytes) -> int:
@@ -612,10 +605,10 @@ def test_what_a_gateway_says_reaches_no_terminal_unescaped_and_what_it_carries_n
         agent = path.programs["app"]
         path.start("app")
         for kind, told in ((b"\0\4", "closed the link: a"), (b"\0\5", "refused the link: a")):
-            until(lambda: gateway.agent is not None and gateway.agent.is_greeted, "greeted")
+            assert comes_true(lambda: gateway.agent is not None and gateway.agent.is_greeted, FAR_BEYOND_S), "greeted"
             assert gateway.agent is not None
             gateway.agent.say(framed(VICTIMS["client"].good("secret")) + framed(kind + EVIL.encode()))
-            until(partial(is_told, agent, told), f"told that the gateway {told}")
+            assert comes_true(partial(is_told, agent, told), FAR_BEYOND_S), f"told that the gateway {told}"
             assert is_printable(status(agent))
             assert "u202e" in status(agent)
         assert agent.stop() == 0

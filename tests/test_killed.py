@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from enlink.testing.hosts import Host
 from enlink.testing.probe import Packet, Wire, canary
+from enlink.testing.programs import comes_true
 from enlink.testing.state import difference, network_state
 from enta.cleanup import clean_up
 from path import GATEWAY_OF_APP, Path, Program
@@ -123,15 +124,6 @@ def _clean_up(host: Host) -> list[str]:
         return clean_up()
 
 
-def _poll(condition: Callable[[], bool], timeout_s: float = FAR_BEYOND_S) -> bool:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.005)
-    return True
-
-
 def _strays(wire: Wire) -> list[Packet]:
     """What has left but the agent's own link to its gateway."""
     return [packet for packet in wire.packets() if (str(packet.destination), packet.port) != (GATEWAY_OF_APP, 6980)]
@@ -173,7 +165,9 @@ def test_killed_at_random_moments_it_leaves_no_more_and_nothing_captured_leaves(
             if moment == "running":
                 agent.wait_for("ready")
             _kill_within(agent, 0.1 if moment == "running" else crash.ready_s)
-            assert _poll(crash.has_settled), f"{difference(crash.left, crash.residue())}\n{agent.log()}"
+            assert comes_true(crash.has_settled, FAR_BEYOND_S), (
+                f"{difference(crash.left, crash.residue())}\n{agent.log()}"
+            )
             assert _strays(wire) == []
         _run_once_more(crash)
         assert _strays(wire) == []
@@ -185,7 +179,7 @@ def test_killed_at_random_moments_it_leaves_no_more_and_nothing_captured_leaves(
             seen.update((packet.protocol, packet.destination.version) for packet in _strays(wire))
             return seen >= CANARIES
 
-        assert _poll(has_seen_all, 20), f"the probe is blind: it has seen only {seen}"
+        assert comes_true(has_seen_all, 20), f"the probe is blind: it has seen only {seen}"
 
 
 @pytest.mark.proves("F05", "G5", "D29")
@@ -196,7 +190,9 @@ def test_killed_at_random_moments_of_its_end_it_leaves_no_more(crash: Crash) -> 
         crash.agent.wait_for("ready")
         crash.agent.process.send_signal(signal.SIGTERM)
         _kill_within(crash.agent, 0.1)
-        assert _poll(crash.has_settled), f"{difference(crash.left, crash.residue())}\n{crash.agent.log()}"
+        assert comes_true(crash.has_settled, FAR_BEYOND_S), (
+            f"{difference(crash.left, crash.residue())}\n{crash.agent.log()}"
+        )
     _run_once_more(crash)
 
 
@@ -213,7 +209,7 @@ def _run_once_more(crash: Crash) -> None:
     crash.agent.wait_for("ready")
     assert difference(crash.running, network_state(crash.host)) == []
     crash.agent.kill()
-    assert _poll(lambda: crash.residue() == crash.left)
+    assert comes_true(lambda: crash.residue() == crash.left, FAR_BEYOND_S)
 
 
 @pytest.mark.proves("F01", "F02", "F03", "F05", "D30", "G5")
@@ -231,7 +227,7 @@ def test_killed_after_any_of_its_changes_it_leaves_no_more_and_cleanup_takes_it(
     for count in range(len(start)) if half == "start" else range(len(start), len(all_changes)):
         changes = _changes_of_run(path, count)
         assert changes == all_changes[:count]
-        assert _poll(crash.has_settled), f"{changes}: {difference(crash.left, crash.residue())}"
+        assert comes_true(crash.has_settled, FAR_BEYOND_S), f"{changes}: {difference(crash.left, crash.residue())}"
         left = crash.residue()
         is_guarded = "+ table inet eng_default_guard {" in left
         assert is_guarded == (count > 0), changes
@@ -246,7 +242,7 @@ def _changes_of_run(path: Path, count: int) -> list[str]:
     agent = path.program("app", [sys.executable, "-c", COUNTED, str(count), *CLIENT], f"counted-{count}")
     agent.start()
     try:
-        assert _poll(lambda: "ready" in agent.log() or agent.process.poll() is not None, 20)
+        assert comes_true(lambda: "ready" in agent.log() or agent.process.poll() is not None, 20)
         agent.stop()
     finally:
         agent.end()

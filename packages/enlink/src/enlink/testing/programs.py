@@ -44,6 +44,16 @@ async def until(condition: Callable[[], object]) -> None:
         await trio.sleep(0.01)
 
 
+def comes_true(condition: Callable[[], object], within_s: float) -> bool:
+    """Poll until *condition* holds, and tell whether it did in time."""
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.005)
+    return True
+
+
 class Program:
     """A running program, which logs as JSON. Made by `started`, which ends it."""
 
