@@ -27,7 +27,7 @@ from ratstls._hello import CLIENT_HELLO, TlsVersion, is_hello
 from ratstls._library import Library
 from ratstls._negotiation import Negotiation
 from ratstls._session import Session
-from ratstls.budget import FailureBudget
+from ratstls.budget import FailureBudget, source_of
 from ratstls.config import SessionConfig
 from ratstls.errors import BadOption, HandshakeError, SessionBroken
 from ratstls.evidence import Evidence
@@ -130,7 +130,7 @@ async def _make_stream(transport: trio.abc.Stream, settings: HandshakeSettings, 
     try:
         if hello:
             engine.feed(hello)
-        with settings.budget.one_handshake():
+        with settings.budget.one_handshake(source_of(transport) if config.is_server else None):
             await negotiation.run()
         stream = RatsTlsStream(
             transport,
