@@ -28,6 +28,7 @@ class RatsTlsStream(trio.abc.Stream):
 
     Attributes:
         transport: the stream below, which this one owns.
+        engine: the session, for who moves ciphertext itself and leaves this stream nothing but `aclose`.
         peer: who the other end is; None if this side does not verify.
         expires_at: in trio's time, when the policy wants the link to be made anew; a program's business.
     """
@@ -45,7 +46,7 @@ class RatsTlsStream(trio.abc.Stream):
         self.peer = peer
         self.expires_at = began_at + max_age_s
         self._began_at = began_at
-        self._engine = engine
+        self.engine = engine
         self._is_closed = False
         # Part of a record may be on its way: whatever followed would be taken for the rest of it.
         self._is_cut = False
@@ -84,8 +85,8 @@ class RatsTlsStream(trio.abc.Stream):
             self._is_cut = False
 
     async def _send_piece(self, piece: bytes) -> None:
-        self._engine.write(piece)
-        await self.transport.send_all(self._engine.take())
+        self.engine.write(piece)
+        await self.transport.send_all(self.engine.take())
         self._check_open()
 
     async def wait_send_all_might_not_block(self) -> None:
@@ -107,20 +108,20 @@ class RatsTlsStream(trio.abc.Stream):
         limit_bytes = _limit(max_bytes)
         with self._receiving:
             self._check_open()
-            if not self._engine.is_starved:
+            if not self.engine.is_starved:
                 await trio.lowlevel.checkpoint()
                 self._check_open()
-            while (data := self._engine.read(limit_bytes)) is None:
+            while (data := self.engine.read(limit_bytes)) is None:
                 try:
                     ciphertext = await self.transport.receive_some(CIPHERTEXT_BYTES)
                 except trio.BrokenResourceError as error:
                     self._check_open()
                     truncated = Truncated("the connection broke without the peer's goodbye: bytes may be missing")
                     truncated.__cause__ = error
-                    self._engine.end(truncated)
+                    self.engine.end(truncated)
                 else:
                     self._check_open()
-                    self._engine.feed(bytes(ciphertext))
+                    self.engine.feed(bytes(ciphertext))
             return data
 
     async def aclose(self) -> None:
@@ -133,8 +134,8 @@ class RatsTlsStream(trio.abc.Stream):
             await trio.lowlevel.checkpoint()
             return
         self._is_closed = True
-        self._engine.free()
-        last_words = b"" if self._is_cut else self._engine.take()
+        self.engine.free()
+        last_words = b"" if self._is_cut else self.engine.take()
         try:
             if last_words:
                 with (
