@@ -13,7 +13,7 @@ import trio
 from enlink.control import Close, ControlMessage, Error, Hello, Keepalive, Role, Unknown
 from enlink.errors import ProtocolError, Unavailable
 from enlink.frame import Buffer, Discarded, Event, Fault, FrameDecoder, Packets, encode_control
-from enlink.port import Port, SocketPort, StreamPort
+from enlink.port import Port, port_of
 
 Speech = Literal["silent", "raw", "eng"]
 
@@ -67,7 +67,7 @@ class Link:
         self._hello = hello
         self._count = count
         self._stream = stream
-        self._port: Port = SocketPort(stream) if isinstance(stream, trio.SocketStream) else StreamPort(stream)
+        self._port: Port = port_of(stream)
         self._decoder = FrameDecoder()
         self._events: deque[Event] = deque()
         self._sending = trio.Lock()
@@ -156,7 +156,7 @@ class Link:
             return False
         try:
             is_taken = self._port.offer(encoded)
-        except OSError:
+        except (trio.BrokenResourceError, OSError):
             return False
         self._last_sent = trio.current_time()
         return is_taken
@@ -205,8 +205,11 @@ class Link:
         with trio.move_on_after(_FAREWELL_S, shield=True):
             if message is not None:
                 # The peer went first, or another task still receives and hears what the peer has to say.
-                with suppress(LinkEnded, OSError, trio.BrokenResourceError, trio.BusyResourceError):
+                with suppress(LinkEnded, EOFError, OSError, trio.BrokenResourceError, trio.BusyResourceError):
                     await self._say_farewell(message)
+                    self._port.close()
+                    # An encrypted stream has a goodbye of its own.
+                    await self._stream.aclose()
         self._port.close()
         await trio.aclose_forcefully(self._stream)
 
@@ -215,6 +218,9 @@ class Link:
             await self._send(encode_control(message) if self.speech == "eng" else b"")
         if isinstance(self._stream, trio.abc.HalfCloseableStream):
             await self._stream.send_eof()
+        elif self.speech != "eng":
+            return
+        if self._port.failure is None:
             # Closing with unread bytes would reset the connection, and the peer might never see our last words.
             while await self._port.read(_is_not_the_end):
                 await self._port.take_turn()
@@ -277,6 +283,8 @@ class Link:
             is_open = await self._port.read(self._digest)
         except trio.ClosedResourceError as error:
             raise LinkEnded("closed", "the link was closed here") from error
+        except EOFError as error:
+            raise LinkEnded("truncated", f"the connection ended without CLOSE: {error}") from error
         except (trio.BrokenResourceError, OSError) as error:
             raise LinkEnded("reset", _how_it_broke(error)) from error
         finally:
