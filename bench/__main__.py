@@ -1,4 +1,4 @@
-"""``./dev bench [path|relay] [--quick]``: the four-host path, and the relay, each beside what it is compared with."""
+"""``./dev bench [path|relay|half-close] [--quick]``: the four-host path and the relay beside what they compare with."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import argparse
 import sys
 from dataclasses import replace
 
-from bench import four_hosts, relays
+from bench import four_hosts, half_close, relays
 
 
 def main() -> int:
     """Measure one part, or both; each prints a table and, as its last line, JSON."""
     parser = argparse.ArgumentParser("bench", description=__doc__)
-    parser.add_argument("part", nargs="?", choices=("path", "relay"), help="measure this one only")
+    parser.add_argument("part", nargs="?", choices=("path", "relay", "half-close"), help="measure this one only")
     parser.add_argument("--quick", action="store_true", help="one short round of each, under a minute")
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--seconds", type=float, default=None, help="for each figure of the relay")
     options = parser.parse_args()
+    if options.part == "half-close":
+        half_close.run()
+        return 0
     if options.part != "relay":
         four_hosts.run(rounds=1 if options.quick else options.rounds or 5, seconds=1.0 if options.quick else 3.0)
     if options.part != "path":

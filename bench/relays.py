@@ -157,20 +157,20 @@ def run(size: Size) -> None:
 
 def _courses(stack: ExitStack, host: Host, peers: Sequence[Peer], directory: Path) -> dict[str, Course]:
     """Start the server and all peers."""
-    server = stack.enter_context(_running(host, directory, sys.executable, TRAFFIC, "serve"))
+    server = stack.enter_context(running(host, directory, sys.executable, TRAFFIC, "serve"))
     assert server.stdout is not None
     target = int(server.stdout.readline())
     courses = {"direct": Course(target, None)}
     for peer in peers:
-        port = _free_port(host)
-        process = stack.enter_context(_running(host, directory, *peer.command(port, target, directory)))
-        _wait_until_listening(host, port, process, directory)
+        port = free_port(host)
+        process = stack.enter_context(running(host, directory, *peer.command(port, target, directory)))
+        wait_until_listening(host, port, process, directory)
         courses[peer.name] = Course(port, process.pid)
     return courses
 
 
 @contextmanager
-def _running(host: Host, directory: Path, *argv: str) -> Iterator[subprocess.Popen[bytes]]:
+def running(host: Host, directory: Path, *argv: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program, whose complaints go to a file."""
     with (directory / "complaints").open("ab") as complaints:
         process = host.popen(*argv, stdout=subprocess.PIPE, stderr=complaints)
@@ -181,13 +181,19 @@ def _running(host: Host, directory: Path, *argv: str) -> Iterator[subprocess.Pop
         process.communicate(timeout=DEADLINE_S)
 
 
-def _free_port(host: Host) -> int:
+def free_port(host: Host) -> int:
+    """A port of that host that nobody had a moment ago."""
     with host.entered(), socket.create_server(("127.0.0.1", 0)) as taken:
         port: int = taken.getsockname()[1]
         return port
 
 
-def _wait_until_listening(host: Host, port: int, process: subprocess.Popen[bytes], directory: Path) -> None:
+def wait_until_listening(host: Host, port: int, process: subprocess.Popen[bytes], directory: Path) -> None:
+    """Wait until somebody listens on a port, or the process that is to do it has ended.
+
+    Raises:
+        RuntimeError: it has; the text has its complaints.
+    """
     deadline_s = time.monotonic() + DEADLINE_S
     while f":{port} " not in host.run("ss", "-Hltn"):
         if process.poll() is not None or time.monotonic() > deadline_s:

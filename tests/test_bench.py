@@ -67,3 +67,14 @@ def test_a_command_line_that_means_nothing_is_refused(words: list[str]) -> None:
     argv = [sys.executable, "-m", "bench", *words]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, timeout=FAR_BEYOND_S, check=False)
     assert done.returncode == 2
+
+
+def test_answers_that_come_at_once_are_counted() -> None:
+    """All bytes of them, through the relay and through socat, which is what the whole table begins with."""
+    code = "from bench import half_close; half_close.run([0])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=FAR_BEYOND_S, check=False
+    )
+    rows = [line.rsplit(maxsplit=1) for line in done.stdout.splitlines()[2:]]
+    assert {name.split(",")[0] for name, _ in rows} == {"relay", "socat", "socat -t 30"}, done.stderr
+    assert [count for _, count in rows] == ["300000"] * 6
