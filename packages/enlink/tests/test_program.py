@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -338,6 +339,12 @@ def test_printed_text_is_written_before_the_program_ends_or_its_loss_told(
     why = "[Errno 28] No space left on device"
     told = f"enta: cannot write to standard output: {why}; make room there, or send it elsewhere\n"
     assert capfd.readouterr().err == told
+
+
+def test_what_stands_in_for_standard_output_gets_what_is_printed() -> None:
+    with redirect_stdout(io.StringIO()) as output:
+        assert run_program(parser(), printing, []) == 0
+    assert output.getvalue() == "x" * 1000 + "\n"
 
 
 @pytest.mark.parametrize("descriptor", [0, 2])

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from enlink.errors import CannotCreate, SystemFailure, Unavailable
-from enlink.status import InstanceLock
+from enlink.instance import InstanceLock
 from enlink.testing.hosts import Host, Network
 from enlink.testing.programs import as_nobody
 from enta import cleanup
@@ -33,7 +33,7 @@ FAR_BEYOND_S = 50  # everything here takes a second or two
 # What an agent does to its host, in the agent's order. Arguments: instance, a number, packet filter.
 AGENT = """
 import signal, sys
-from enlink.status import InstanceLock
+from enlink.instance import InstanceLock
 from enta.capture.iptables import IptablesFirewall
 from enta.capture.nftables import NftablesFirewall
 from enta.capture.plan import Plan, parse_captures
@@ -68,7 +68,7 @@ with InstanceLock("enta", instance, facts=facts):
 # Holds the lock of an instance and nothing else, as an agent does that is just starting. Argument: instance.
 STARTING = """
 import signal, sys
-from enlink.status import InstanceLock
+from enlink.instance import InstanceLock
 
 with InstanceLock("enta", sys.argv[1], facts={"tun_name": "eng77", "table": 6977, "mark": 0x6977}):
     print("up", flush=True)

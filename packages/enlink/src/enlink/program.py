@@ -242,6 +242,8 @@ def _write_standard_output(text: str) -> OSError | None:
         # With a buffer of its own: that of PYTHONUNBUFFERED takes no notice of what is left over.
         with os.fdopen(sys.stdout.fileno(), "wb", closefd=False) as output:
             output.write(text.encode(sys.stdout.encoding, sys.stdout.errors or "strict"))
+    except io.UnsupportedOperation:  # whoever called us has put something else in its place
+        sys.stdout.write(text)
     except OSError as error:
         return None if isinstance(error, BrokenPipeError) else error
     return None

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from enlink.errors import CannotCreate, EngError, SystemFailure, Unavailable
+from enlink.instance import InstanceLock, live_instances
 from enlink.program import log_event
-from enlink.status import InstanceLock, live_instances
 from pyroute2 import IPRoute  # type: ignore[import-untyped]  # ships no types
 
 from enta.capture.iptables import delete_leftovers, leftovers

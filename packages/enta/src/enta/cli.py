@@ -17,8 +17,9 @@ from enlink.attestation import add_attestation_options, read_attestation
 from enlink.attested import prepare
 from enlink.endpoint import Tcp, parse_dial
 from enlink.errors import EngError, Unavailable, UsageError
+from enlink.instance import InstanceLock, live_instances
 from enlink.program import ProgramParser, log_event, run_program
-from enlink.status import InstanceLock, fetch_status, live_instances, render_status, serve_status
+from enlink.status import fetch_status, render_status, serve_status
 from enlink.supervise import stop_signals
 
 from enta import __version__

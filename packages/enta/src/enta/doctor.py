@@ -19,7 +19,7 @@ from typing import Final, Literal
 import trio
 from enlink.endpoint import Tcp
 from enlink.errors import CannotCreate, EngError, NotPermitted, Unavailable
-from enlink.status import runtime_directory
+from enlink.instance import runtime_directory
 from enlink.stream import Dialer
 
 from enta.capture.legacy import used_tables

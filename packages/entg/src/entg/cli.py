@@ -14,8 +14,9 @@ from enlink.attested import prepare
 from enlink.duration import parse_duration_s
 from enlink.endpoint import Tcp, parse_dial, parse_listen
 from enlink.errors import ConfigError, Unavailable, UsageError
+from enlink.instance import InstanceLock, live_instances
 from enlink.program import ProgramParser, run_program
-from enlink.status import InstanceLock, fetch_status, live_instances, render_status, serve_status
+from enlink.status import fetch_status, render_status, serve_status
 from enlink.supervise import Stopping, stop_signals
 
 from entg import __version__

@@ -14,8 +14,9 @@ from typing import Any, Final
 import trio
 from enlink.endpoint import Endpoint, Tcp, Vsock, parse_dial, parse_listen
 from enlink.errors import ConfigError, Unavailable, UsageError
+from enlink.instance import InstanceLock, live_instances
 from enlink.program import ProgramParser, announce_ready, run_program
-from enlink.status import InstanceLock, fetch_status, live_instances, render_status, serve_status
+from enlink.status import fetch_status, render_status, serve_status
 from enlink.supervise import stop_signals
 
 from relay import __version__
