@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -29,6 +31,21 @@ HANDSHAKE_DEADLINE_S: Final = 10.0  # absolute: one byte a second buys nobody a 
 _WARN_INTERVAL_S: Final = 60.0
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """What the measured image of an enclave has instead of what its host may choose.
+
+    Attributes:
+        library: the only librats_tls. It is not tried in a child process first: there are none in an enclave.
+        policy: the file that says whom to accept. A policy of the command line can only tighten it.
+        handshake_threads: how many handshakes may take a thread at once.
+    """
+
+    library: Path
+    policy: Path
+    handshake_threads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +112,12 @@ class AttestedSide:
             await trio.sleep(_WARN_INTERVAL_S if warnings else math.inf)
 
 
-async def prepare(attestation: Attestation | None, side: Side, wire: Wire = "auto") -> AttestedSide | None:
+async def prepare(
+    attestation: Attestation | None, side: Side, wire: Wire = "auto", image: Image | None = None
+) -> AttestedSide | None:
     """Check all that can be checked before the first link; None where links are plain.
 
-    May take seconds, in which this side's evidence is made once, for trial.
+    May take seconds, in which this side's evidence is made once, for trial. In an enclave, *image* is what binds.
 
     Raises:
         ConfigError: the policy cannot be read or contradicts the plug-ins, or the library lacks one.
@@ -106,10 +125,32 @@ async def prepare(attestation: Attestation | None, side: Side, wire: Wire = "aut
     """
     if attestation is None:
         return None
-    return await trio.to_thread.run_sync(_prepare, attestation, side, wire)
+    prepared = await trio.to_thread.run_sync(_prepare, attestation, side, wire, image)
+    if image is not None:
+        from ratstls._negotiation import bound_threads
+
+        bound_threads(image.handshake_threads)
+    return prepared
 
 
-def _prepare(attestation: Attestation, side: Side, wire: Wire) -> AttestedSide:
+def allows_debug(policy: Path) -> bool:
+    """Tell whether this policy accepts peers that their host can debug.
+
+    Raises:
+        ConfigError: it cannot be read.
+        Unavailable: there is no package eng-ratstls.
+    """
+    with _errors_translated():
+        return _read_policy(policy).allow_debug
+
+
+def _prepare(attestation: Attestation, side: Side, wire: Wire, image: Image | None) -> AttestedSide:
+    with _errors_translated():
+        return _checked(attestation, side, wire, image)
+
+
+@contextmanager
+def _errors_translated() -> Iterator[None]:
     try:
         from ratstls import errors
     except ImportError as error:
@@ -117,14 +158,14 @@ def _prepare(attestation: Attestation, side: Side, wire: Wire) -> AttestedSide:
             "attested links need the package eng-ratstls, which is not installed: pip install eng-ratstls"
         ) from error
     try:
-        return _checked(attestation, side, wire)
+        yield
     except errors.ConfigError as error:
         raise ConfigError(str(error)) from error
     except errors.RatsTlsError as error:
         raise Unavailable(str(error)) from error
 
 
-def _checked(attestation: Attestation, side: Side, wire: Wire) -> AttestedSide:
+def _checked(attestation: Attestation, side: Side, wire: Wire, image: Image | None) -> AttestedSide:
     from ratstls._library import load
     from ratstls._session import Session
     from ratstls.config import SessionConfig
@@ -139,10 +180,10 @@ def _checked(attestation: Attestation, side: Side, wire: Wire) -> AttestedSide:
         is_mutual=attestation.is_mutual,
         is_attestation_waived=attestation.is_waived,
     )
-    policy = _policy(attestation, config) if config.is_verifying else None
+    policy = _policy(attestation, config, image) if config.is_verifying else None
     if policy is not None:
         policy.check_verifier(config.verifier)
-    library = load()
+    library = load() if image is None else load(image.library, is_preflighted=False)
     settings = HandshakeSettings(library=library, config=config, is_acknowledged=wire == "auto")
     # What is missing shows now, and not when the first peer comes.
     trial = Session(library, config, _judge_nobody)
@@ -154,16 +195,23 @@ def _checked(attestation: Attestation, side: Side, wire: Wire) -> AttestedSide:
     return AttestedSide(settings, policy)
 
 
-def _policy(attestation: Attestation, config: SessionConfig) -> Policy:
-    from ratstls.accepted import PolicyError
+def _policy(attestation: Attestation, config: SessionConfig, image: Image | None) -> Policy:
     from ratstls.policy import Policy
-    from ratstls.policy_file import parse_policy
 
+    if image is not None:
+        policy = _read_policy(image.policy)
+        return policy if attestation.policy is None else policy.tightened(_read_policy(Path(attestation.policy)))
     if attestation.is_waived:
         return Policy(no_attestation=True)
     if attestation.accepts_any_measurement:
         return Policy.any_measurement(config.verifier)
-    path = Path(attestation.policy or "")
+    return _read_policy(Path(attestation.policy or ""))
+
+
+def _read_policy(path: Path) -> Policy:
+    from ratstls.accepted import PolicyError
+    from ratstls.policy_file import parse_policy
+
     try:
         return parse_policy(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeError) as error:

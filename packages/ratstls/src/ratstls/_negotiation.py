@@ -28,6 +28,13 @@ class _Place(Enum):
     ABANDONED = "by its owner: whoever is inside frees the engine"
 
 
+def bound_threads(count: int) -> trio.CapacityLimiter:
+    """Let at most *count* handshakes of this trio run be inside the library at once; call it before the first one."""
+    limiter = trio.CapacityLimiter(count)
+    _threads.set(limiter)
+    return limiter
+
+
 class Negotiation:
     """One handshake of an engine's session over *transport*; `run` it once.
 
@@ -81,8 +88,7 @@ class Negotiation:
     async def _work(self) -> None:
         limiter = _threads.get(None)
         if limiter is None:
-            limiter = trio.CapacityLimiter(HANDSHAKE_THREADS)
-            _threads.set(limiter)
+            limiter = bound_threads(HANDSHAKE_THREADS)
         with self._thread:
             failure = await trio.to_thread.run_sync(self._shake_hands, abandon_on_cancel=True, limiter=limiter)
             self._fail(failure)
