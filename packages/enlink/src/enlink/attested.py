@@ -96,6 +96,8 @@ class AttestedSide:
                 )
         except (RatsTlsError, trio.BrokenResourceError) as error:
             raise LinkEnded(error.reason if isinstance(error, HandshakeError) else "handshake", str(error)) from error
+        except OSError as error:  # no descriptors for the session
+            raise LinkEnded("resources", f"no handshake: {error}") from error
         return AttestedStream(attested, str(attested.peer) if attested.peer else "was not asked")
 
     async def warn_for_ever(self) -> NoReturn:

@@ -19,6 +19,7 @@ from enlink.stream import Dialer, serve
 from enlink.supervise import Backoff
 
 from entg.connection import Connection, address_of, spell, spell_listeners
+from entg.handshakes import Handshakes
 from entg.place import Identity, Place, identify_agent, identify_gateway
 from entg.router import Router
 
@@ -28,6 +29,7 @@ LegName = Literal["enta", "entg"]
 PROVISIONAL_AFTER_S: Final = 0.3
 # On a leg; all of this on both stays below half of the usual 1,024 descriptors.
 CONNECTION_LIMIT: Final = 200
+ATTESTED_LIMIT: Final = 80  # of three descriptors each; handshakes that are under way count
 FAREWELL_LIMIT: Final = 32
 STALL_LIMIT_S: Final = 10.0  # for one that has spoken and takes nothing more
 SILENT_STALL_LIMIT_S: Final = 1.0  # for one that never said a word
@@ -74,7 +76,8 @@ class Leg:
         self._limited = RateLimitedLog(_logger, trio.current_time)
         self._told_drops: set[str] = set()  # since the place changed hands
         self._leaving = 0
-        self._shaking_hands = 0
+        self._handshakes = Handshakes(attested) if attested else None
+        self._limit = ATTESTED_LIMIT if attested else CONNECTION_LIMIT
 
     def snapshot(self) -> Mapping[str, object]:
         """Describe this leg for ``status``."""
@@ -162,21 +165,18 @@ class Leg:
 
     async def accept(self, stream: trio.abc.Stream) -> None:
         """Serve one that has connected, to its end."""
-        if len(self._connections) + self._shaking_hands >= CONNECTION_LIMIT and not self._make_room():
+        if self._is_full and not self._make_room():
             self._ended["too_many"] += 1
             self._limited.log("refused", "too_many", leg=self.name)
             await trio.aclose_forcefully(stream)
             return
         address = address_of(stream)
-        self._shaking_hands += 1
         try:
             attested = await self._attest(stream)
         except LinkEnded as ended:
             self._ended[ended.reason] += 1
             self._limited.log("refused", ended.reason, logging.WARNING, leg=self.name, address=address, error=ended)
             return
-        finally:
-            self._shaking_hands -= 1
         await self._run(self._admit(stream, attested), is_dialler=False)
 
     async def _attest(self, stream: trio.abc.Stream) -> AttestedStream | None:
@@ -185,15 +185,24 @@ class Leg:
         Raises:
             LinkEnded: the peer was not accepted, or did not accept us; *stream* is closed.
         """
-        return None if self._attested is None else await self._attested.shake_hands(stream)
+        return None if self._handshakes is None else await self._handshakes.shake_hands(stream)
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._connections) + len(self._handshakes or ()) >= self._limit
 
     def _make_room(self) -> bool:
-        """End the last connection in line, or else the first that has yet to say a word. Returns if there was one."""
+        """End the last connection in line, or else the first that has yet to say a word. Returns if there was one.
+
+        Where most are handshakes, the oldest of these goes first: whoever has a link is worth more.
+        """
+        if self._handshakes is not None and len(self._handshakes) > self._limit // 2:
+            return self._handshakes.end_oldest()
         holder = self._place.holder
         wordless = (connection for connection in self._connections if not connection.identity)
         leaving = self._place.last_in_line or next((other for other in wordless if other is not holder), None)
         if leaving is None:
-            return False
+            return self._handshakes is not None and self._handshakes.end_oldest()
         self._forget(leaving)
         leaving.end("too_many", "there are too many connections", Error("there are too many connections"))
         return True
