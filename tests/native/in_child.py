@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import inspect
+import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ def in_child(**environment: str) -> Callable[[Promise], Callable[..., None]]:
             child = installation.run("-W", "error", "-c", _CHILD, here, file, promise.__name__, **environment)
             assert child.returncode == 0, child.stderr
             # An exception that nobody could catch, as in a finaliser, is only printed.
-            assert child.stderr == ""
+            assert not child.stderr, child.stderr
 
         return run
 
@@ -44,12 +45,8 @@ def keep(file: str, name: str) -> None:
     """Keep the promise *name* of the test module *file*: run in the child."""
     from ratstls._library import load
 
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    promise = getattr(module, name).__wrapped__
+    sys.path.insert(0, str(Path(file).parent))
+    promise = getattr(importlib.import_module(Path(file).stem), name).__wrapped__
     if not inspect.iscoroutinefunction(promise):
         promise(load())
         return

@@ -13,7 +13,10 @@ Invariants:
 
 from __future__ import annotations
 
+import fcntl
 import socket
+import struct
+import termios
 from typing import Final
 
 from ratstls._session import STARVED, Session
@@ -44,6 +47,7 @@ class Engine:
         self._collected: list[bytes] = []
         self._plain = bytearray()
         self._is_at_end = False
+        self._has_hung_up = False
         self._is_freed = False
         self._ending: Truncated | SessionBroken | None = None
         self._has_ended_well = False
@@ -78,8 +82,18 @@ class Engine:
                 return
             del self._arrived[:sent]
 
+    @property
+    def has_unread(self) -> bool:
+        """The library has not yet read all that it was handed."""
+        (count,) = struct.unpack("i", fcntl.ioctl(self._theirs, termios.FIONREAD, bytes(4)))
+        return bool(count)
+
     def hang_up(self) -> None:
-        """Let the library see the end of the connection, which ends its waiting in a handshake."""
+        """Let the library see the end of the connection, which ends its waiting in a handshake.
+
+        Not while `has_unread`, if the handshake may yet go well: there would be no telling this end from a goodbye.
+        """
+        self._has_hung_up = True
         self.ours.shutdown(socket.SHUT_WR)
 
     def collect(self) -> int:
@@ -174,6 +188,9 @@ class Engine:
             if piece := self.session.receive():
                 return piece
             if self.session.errno in STARVED:
+                return b""
+            if self._has_hung_up:
+                self.end(Truncated("the connection ended with the handshake, without the peer's goodbye"))
                 return b""
             if self.collect():  # the library has told the peer what is wrong with its bytes
                 self.end(SessionBroken("damaged or forged bytes arrived: nothing after them was delivered"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from enum import Enum
 from typing import Final
 
@@ -148,7 +149,7 @@ class Negotiation:
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
                     data = b""
                 if not data:
-                    self._end_of_transport()
+                    await self._end_of_transport()
                 elif self._is_server or (data := self._inspected(data)):
                     self._engine.feed(data)
 
@@ -162,16 +163,19 @@ class Negotiation:
             data = self._engine.take()
             if self._is_server:
                 data = self._inspected(data)
-            if data and not self._has_transport_ended:
-                try:
+            if data:
+                # What cannot be sent any more is dropped, so that the library is not held up: it will hear of the end.
+                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                     await self._transport.send_all(data)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    self._end_of_transport()
             if has_ended:
                 return
 
-    def _end_of_transport(self) -> None:
+    async def _end_of_transport(self) -> None:
         self._has_transport_ended = True
+        self._engine.feed(b"")
+        # The handshake may go well all the same: the end may follow what completes it, and even a goodbye.
+        while self._engine.has_unread:  # noqa: ASYNC110 - no event tells when the library reads
+            await trio.sleep(_GLANCE_S)
         self._engine.hang_up()
 
     def _inspected(self, data: bytes) -> bytes:
@@ -187,7 +191,7 @@ class Negotiation:
                 return b""
         except HandshakeError as error:
             self._fail(error)
-            self._end_of_transport()
+            self._engine.hang_up()
             return b""
         self._unread_hello = None
         return hello
