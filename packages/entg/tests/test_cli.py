@@ -103,8 +103,9 @@ def test_wrong_use_exits_64_with_one_line_that_names_the_value(refused: Refuse, 
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--occlum"], "--occlum is not built yet: use --host"),
-        (["--host", "--occlum"], "--occlum is not built yet"),
+        (["--occlum"], "--occlum is for the inside of an enclave, and this is none"),
+        (["--host", "--occlum"], "--host and --occlum contradict each other: choose"),
+        (["--occlum", "status"], "--occlum goes with no command"),
         (["--entg-rats-tls"], "this side attests: name what makes its evidence with --attester"),
         (["--enta-rats-tls"], "this side attests: name what makes its evidence with --attester"),
         (["--entg-rats-tls", "--entg-connect", "10.0.0.1:6979"], "attested links need --policy FILE"),
@@ -122,7 +123,7 @@ def test_wrong_use_exits_64_with_one_line_that_names_the_value(refused: Refuse, 
         (["--enta-listen", "6979"], "both want port 6979"),
     ],
 )
-def test_options_that_contradict_each_other_or_are_not_built_yet_exit_78(
+def test_options_that_contradict_each_other_or_this_place_exit_78(
     refused: Refuse, argv: list[str], expected: str
 ) -> None:
     code, line = refused(*argv)

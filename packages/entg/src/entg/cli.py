@@ -10,7 +10,7 @@ from pathlib import Path
 
 import trio
 from enlink.attestation import Side, add_attestation_options, read_attestation
-from enlink.attested import prepare
+from enlink.attested import Image, prepare
 from enlink.duration import parse_duration_s
 from enlink.endpoint import Tcp, parse_dial, parse_listen
 from enlink.errors import ConfigError, Unavailable, UsageError
@@ -19,7 +19,7 @@ from enlink.program import ProgramParser, run_program
 from enlink.status import fetch_status, render_status, serve_status
 from enlink.supervise import Stopping, stop_signals
 
-from entg import __version__
+from entg import __version__, occlum
 from entg.config import DEFAULT_ENTA_PORT, DEFAULT_ENTG_PORT, GatewayConfig
 from entg.gateway import Gateway
 
@@ -48,7 +48,9 @@ def _parser() -> ProgramParser:
     where = parser.add_argument_group("where it runs")
     where.add_argument("--host", action="store_true", help="on an ordinary host (the default)")
     where.add_argument(
-        "--occlum", action="store_true", help="in an Occlum enclave (not built yet, refused with exit code 78)"
+        "--occlum",
+        action="store_true",
+        help="in an Occlum enclave, whose image says what links must prove; see docs/occlum.md",
     )
     links = parser.add_argument_group("links")
     links.add_argument(
@@ -113,16 +115,19 @@ def _port(text: str) -> int:
 
 
 async def _main(options: argparse.Namespace) -> None:
+    if options.occlum and options.run is not _gateway:
+        raise ConfigError("--occlum goes with no command: in an enclave there is only the gateway")
     await options.run(options)
 
 
 async def _gateway(options: argparse.Namespace) -> None:
-    if options.occlum:
-        raise ConfigError("--occlum is not built yet: use --host")
     entg_listen = options.entg_listen
     if entg_listen is None and options.entg_connect is None:
         entg_listen = Tcp(None, DEFAULT_ENTG_PORT)
     entg_side: Side = "server" if options.entg_connect is None else "client"
+    if options.occlum:
+        await _in_enclave(options, entg_listen, entg_side)
+        return
     wanted: dict[str, Side] = {"enta_rats_tls": "server", "entg_rats_tls": entg_side}
     attestation = read_attestation(
         options, tuple(wanted), {side for name, side in wanted.items() if getattr(options, name)}
@@ -136,8 +141,7 @@ async def _gateway(options: argparse.Namespace) -> None:
         attestation if options.enta_rats_tls else None,
         attestation if options.entg_rats_tls else None,
     )
-    enta_attested = await prepare(config.enta_attestation, "server", config.wire)
-    gateway = Gateway(config, enta_attested, await prepare(config.entg_attestation, entg_side, config.wire))
+    gateway = await _prepared(config, entg_side)
     async with stop_signals() as stopping:
         port = await _bind(gateway, stopping)
         if port is None:
@@ -148,6 +152,24 @@ async def _gateway(options: argparse.Namespace) -> None:
                 await nursery.start(serve_status, lock.status_path, gateway.snapshot)
                 await gateway.run(stopping)
                 nursery.cancel_scope.cancel()
+
+
+async def _in_enclave(options: argparse.Namespace, entg_listen: Tcp | None, entg_side: Side) -> None:
+    if options.host:
+        raise ConfigError("--host and --occlum contradict each other: choose")
+    occlum.keep_few_threads()
+    enclave = occlum.enter(vars(options), vars(_parser().parse_args([])))
+    config = enclave.configure(options, entg_listen, entg_side)
+    gateway = await _prepared(config, entg_side, enclave.image)
+    # No lock and no status socket: a file of the enclave's is not to be seen from outside.
+    async with stop_signals() as stopping:
+        if await _bind(gateway, stopping) is not None:
+            await gateway.run(stopping)
+
+
+async def _prepared(config: GatewayConfig, entg_side: Side, image: Image | None = None) -> Gateway:
+    enta_attested = await prepare(config.enta_attestation, "server", config.wire, image)
+    return Gateway(config, enta_attested, await prepare(config.entg_attestation, entg_side, config.wire, image))
 
 
 async def _bind(gateway: Gateway, stopping: Stopping) -> int | None:
