@@ -22,6 +22,7 @@ from enlink.supervise import Stopping, stop_signals
 from entg import __version__, occlum
 from entg.config import DEFAULT_ENTA_PORT, DEFAULT_ENTG_PORT, GatewayConfig
 from entg.gateway import Gateway
+from entg.occlum_image import Parts, write_image
 
 _DESCRIPTION = """\
 ENTG carries the packets of ENTAs to a peer ENTG and back. One ENTA and one peer connect at a time; whoever goes and
@@ -104,6 +105,28 @@ def _parser() -> ProgramParser:
     )
     status.add_common_options(__version__)
     status.set_defaults(run=_status)
+    image = commands.add_parser(
+        "occlum-image",
+        help="write what Occlum needs to build an image of a gateway",
+        description="Write what Occlum needs to build an image of a gateway, and check that nothing in it is missing.",
+        argument_default=argparse.SUPPRESS,
+    )
+    image.add_argument("directory", metavar="DIR", type=Path, help="is made, and must not exist")
+    image.add_argument(
+        "--python", metavar="PREFIX", type=Path, required=True, help="where Python is installed, with eng-entg[ratstls]"
+    )
+    image.add_argument("--rats-tls", metavar="BUILDDIR", type=Path, required=True, help="an Occlum build of rats-tls")
+    image.add_argument("--policy", metavar="FILE", type=Path, dest="image_policy", default=None, help="whom to accept")
+    image.add_argument(
+        "--settings",
+        metavar="FILE",
+        type=Path,
+        default=None,
+        help="what links need not do, of judging and attesting (default: both, always)",
+    )
+    image.add_argument("--debug", action="store_true", default=False, help="the host may debug it: to try things out")
+    image.add_common_options(__version__)
+    image.set_defaults(run=_occlum_image)
     return parser
 
 
@@ -185,6 +208,18 @@ async def _bind(gateway: Gateway, stopping: Stopping) -> int | None:
         port = await gateway.bind()
         nursery.cancel_scope.cancel()
     return port
+
+
+async def _occlum_image(options: argparse.Namespace) -> None:
+    parts = Parts(
+        python=options.python,
+        rats_tls=options.rats_tls,
+        policy=options.image_policy,
+        settings=options.settings,
+        is_debuggable=options.debug,
+    )
+    write_image(options.directory, parts)
+    sys.stdout.write(f"{options.directory} is ready for copy_bom and occlum build: see docs/occlum.md\n")
 
 
 async def _status(options: argparse.Namespace) -> None:
