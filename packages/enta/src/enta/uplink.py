@@ -95,7 +95,7 @@ class Uplink:
         self._evidence: str | None = None
         self._queue = PacketQueue()
         self._link: Link | None = None
-        self._is_told_down = False
+        self._told: set[str] = set()  # why there is no link, since there was one
         self.has_been_up = trio.Event()
         self._changed_s = trio.current_time()
         self._last_error: str | None = None
@@ -164,9 +164,10 @@ class Uplink:
             self._last_error = str(error)
             if self._is_once:
                 raise error
-            if not self._is_told_down:
-                log_event(_logger, "uplink_down", logging.WARNING, error=error)
-                self._is_told_down = True
+            if reason not in self._told:
+                event = "uplink_still_down" if self._told else "uplink_down"
+                log_event(_logger, event, logging.WARNING, reason=reason, error=error)
+                self._told.add(reason)
             if trio.current_time() - began_s >= _PROVED_GOOD_S:
                 backoff.reset()
             await trio.sleep(backoff.next_delay_s())
@@ -189,7 +190,7 @@ class Uplink:
                     await link.greet()
                 farewell = Close("the agent is stopping")
                 self._set_link(link)
-                self._is_told_down = False
+                self._told.clear()
                 log_event(_logger, "uplink_up", gateway=self._dialer.endpoint, peer=describe(link.peer))
                 self._counters.add("uplinks", "made")
                 self.has_been_up.set()
