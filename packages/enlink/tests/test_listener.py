@@ -119,6 +119,16 @@ def addresses_of(listeners: list[trio.SocketListener]) -> list[tuple[str, int]]:
 
 
 @in_trio
+async def test_the_port_that_the_kernel_chooses_is_the_same_on_every_address() -> None:
+    listeners = await listen_tcp(Tcp(None, 0))
+    ports = [listener.socket.getsockname()[1] for listener in listeners]
+    assert len(ports) == 2
+    assert ports[0] == ports[1] != 0
+    for listener in listeners:
+        listener.socket.close()
+
+
+@in_trio
 async def test_without_a_host_every_address_is_listened_on() -> None:
     port = free_port()
     listeners = await listen_tcp(Tcp(None, port))

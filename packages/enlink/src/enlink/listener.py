@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -96,6 +97,8 @@ async def listen_tcp(endpoint: Tcp, *, is_shared: bool = False) -> list[trio.Soc
         for host in hosts:
             try:
                 listeners.append(await _listen_on_host(host, endpoint, deadline, is_shared=is_shared))
+                # Which port 0 was, is the same on every address.
+                endpoint = replace(endpoint, port=listeners[0].socket.getsockname()[1])
             except OSError as error:
                 # Every address was asked for: a host without IPv6 has fewer of them.
                 if len(hosts) > 1 and host == "::" and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
