@@ -87,18 +87,19 @@ class Target:
     async def _connect_tcp(self, target: Tcp, timeout_s: float) -> socket.socket:
         deadline = trio.current_time() + timeout_s
         failure = Unreachable(f"cannot resolve {target.host}: no answer within {timeout_s:g} s")
+        addresses: list[Address] = []
         with trio.move_on_at(deadline):
             try:
                 addresses = await self._addresses(target)
             except NameNotResolved as error:
                 raise Unreachable(str(error)) from error
-            for number, address in enumerate(addresses):
-                # An address that is silent leaves the others their share.
-                share_s = (deadline - trio.current_time()) / (len(addresses) - number)
-                try:
-                    return _without_trio((await connect_tcp(str(address), target.port, share_s)).socket)
-                except Unreachable as error:
-                    failure = error
+        for number, address in enumerate(addresses):
+            # An address that is silent leaves the others their share.
+            share_s = max(0.0, deadline - trio.current_time()) / (len(addresses) - number)
+            try:
+                return _without_trio((await connect_tcp(str(address), target.port, share_s)).socket)
+            except Unreachable as error:
+                failure = error
         raise failure
 
     async def _addresses(self, target: Tcp) -> list[Address]:
