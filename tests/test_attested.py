@@ -6,11 +6,10 @@ Real programs and a real wire; the stand-in's evidence says whatever a test want
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import standin
-from attested_pair import APPLICATION_DATA, GATEWAY, PORT, Pair, attested_pair, records, streams
+from attested_pair import APPLICATION_DATA, GATEWAY, PORT, Pair, attested_pair, counted, records, streams
 from enlink.testing.gateways import HELLO, AgentSide
 from enlink.testing.probe import Packet, canary
 from enlink.testing.programs import Program
@@ -33,15 +32,6 @@ def agent(pair: Pair) -> Iterator[Program]:
     with pair.agent() as made:
         made.wait_until(lambda: bool(made.events("uplink_down")), "down")
         yield made
-
-
-def ended(program: Program, group: str, reason: str) -> int:
-    """How often a program's links have ended so."""
-    try:
-        counters: dict[str, Any] = program.status()["counters"]
-    except (FileNotFoundError, ConnectionRefusedError):
-        return 0  # it has only just begun
-    return int(counters.get(group, {}).get(reason, 0))
 
 
 def strays(packets: list[Packet]) -> list[Packet]:
@@ -75,10 +65,12 @@ def test_evidence_that_will_not_do_makes_no_link_and_both_sides_say_so(
     pair: Pair, agent: Program, says: dict[str, str], reason: str
 ) -> None:
     """The agent tries again and again; the wire carries handshakes and nothing else."""
-    before = ended(agent, "uplink_ended", reason)
+    before = counted(agent, "uplink_ended").get(reason, 0)
     pair.ear.packets(), pair.echo.packets()
     with pair.gateway(**says) as gateway:
-        agent.wait_until(lambda: ended(agent, "uplink_ended", reason) >= before + 2, f"refused twice for {reason}")
+        agent.wait_until(
+            lambda: counted(agent, "uplink_ended").get(reason, 0) >= before + 2, f"refused twice for {reason}"
+        )
         agent_status, gateway_status = agent.status(), gateway.status()
         assert agent_status["uplink"]["up"] is False
         assert agent_status["uplink"]["attested"]["peer"] is None
@@ -105,9 +97,9 @@ def test_evidence_that_will_not_do_makes_no_link_and_both_sides_say_so(
 def test_captured_programs_stay_blocked_while_evidence_is_refused(pair: Pair, agent: Program) -> None:
     """The control: once the agent is dead and cleaned up after, the same program is heard on the same wire."""
     with pair.gateway(STANDIN_MR_ENCLAVE="66" * 32), canary(pair.app, 7, 53):
-        before = ended(agent, "uplink_ended", "mrenclave")
+        before = counted(agent, "uplink_ended").get("mrenclave", 0)
         pair.ear.packets()
-        agent.wait_until(lambda: ended(agent, "uplink_ended", "mrenclave") > before, "refused")
+        agent.wait_until(lambda: counted(agent, "uplink_ended").get("mrenclave", 0) > before, "refused")
         assert strays(pair.ear.packets()) == []
         agent.kill()
         with pair.app.entered():
@@ -139,7 +131,7 @@ def test_an_attested_gateway_carries_nothing_for_a_plain_agent(pair: Pair) -> No
     """It says not one byte to it, and names the reason."""
     pair.echo.packets()
     with pair.gateway() as gateway, pair.plain_agent() as agent:
-        gateway.wait_until(lambda: ended(gateway, "enta_ended", "not_tls") >= 2, "refused")
+        gateway.wait_until(lambda: counted(gateway, "enta_ended").get("not_tls", 0) >= 2, "refused")
         assert agent.status()["uplink"]["up"] is False
         assert gateway.events("refused")[0]["reason"] == "not_tls"
         assert not gateway.status()["counters"].get("from_enta")
@@ -160,7 +152,7 @@ def test_an_attested_agent_says_nothing_but_tls_to_a_plain_gateway(pair: Pair) -
     """Which refuses what it cannot read, and hangs up."""
     pair.ear.packets()
     with pair.plain_gateway(), pair.agent() as agent:
-        agent.wait_until(lambda: ended(agent, "uplink_ended", "hung_up") >= 2, "refused")
+        agent.wait_until(lambda: counted(agent, "uplink_ended").get("hung_up", 0) >= 2, "refused")
         assert _said_nothing_but_hellos(pair, agent)
 
 
@@ -171,5 +163,5 @@ def test_an_attested_agent_says_nothing_but_tls_to_a_proxy_that_strips_it(pair: 
     with AgentSide(pair.near) as proxy, pair.agent() as agent:
         agent.wait_until(lambda: proxy.agent is not None, "there")
         proxy.pass_on(HELLO)
-        agent.wait_until(lambda: ended(agent, "uplink_ended", "not_tls") > 0, "refused")
+        agent.wait_until(lambda: counted(agent, "uplink_ended").get("not_tls", 0) > 0, "refused")
         assert _said_nothing_but_hellos(pair, agent)

@@ -89,6 +89,15 @@ def attested_pair(library: Path, directory: Path, policy: str = POLICY) -> Itera
             yield Pair(app, near, ear, echo, file, library)
 
 
+def counted(program: Program, group: str) -> dict[str, int]:
+    """Return a group of a program's counters; nothing, while there is no program to ask, or nothing to count."""
+    try:
+        counters: dict[str, dict[str, int]] = program.status()["counters"]
+    except (FileNotFoundError, ConnectionRefusedError):
+        return {}
+    return counters.get(group, {})
+
+
 def streams(packets: list[Packet], port: int = PORT) -> list[bytes]:
     """Return what was said on each TCP connection from or to *port*; nothing gets lost or twice on these wires."""
     said: dict[tuple[int, int], bytearray] = {}
