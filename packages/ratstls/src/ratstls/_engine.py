@@ -37,17 +37,18 @@ class Engine:
     Attributes:
         session: the library's side; shake hands over `library_fd`.
         ours: the end to wait on, while another thread shakes hands.
+        has_hung_up: the library sees the end of the connection.
     """
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self.has_hung_up = False
         self.ours, self._theirs = socket.socketpair()
         self.ours.setblocking(False)
         self._arrived = bytearray()
         self._collected: list[bytes] = []
         self._plain = bytearray()
         self._is_at_end = False
-        self._has_hung_up = False
         self._is_freed = False
         self._ending: Truncated | SessionBroken | None = None
         self._has_ended_well = False
@@ -93,7 +94,7 @@ class Engine:
 
         Not while `has_unread`, if the handshake may yet go well: there would be no telling this end from a goodbye.
         """
-        self._has_hung_up = True
+        self.has_hung_up = True
         self.ours.shutdown(socket.SHUT_WR)
 
     def collect(self) -> int:
@@ -189,7 +190,7 @@ class Engine:
                 return piece
             if self.session.errno in STARVED:
                 return b""
-            if self._has_hung_up:
+            if self.has_hung_up:
                 self.end(Truncated("the connection ended with the handshake, without the peer's goodbye"))
                 return b""
             if self.collect():  # the library has told the peer what is wrong with its bytes

@@ -58,6 +58,7 @@ class Negotiation:
         self._failure: BaseException | None = None
         self._unread_hello: bytearray | None = bytearray()
         self._has_transport_ended = False
+        self._has_answered = False  # the library, what it heard last
 
     async def run(self) -> None:
         """Shake hands; afterwards nothing is left to be sent.
@@ -129,14 +130,19 @@ class Negotiation:
 
     def _fail(self, failure: BaseException | None) -> None:
         """Note why there will be no session; what was found out first says most."""
-        if isinstance(failure, HandshakeError) and failure.reason == "handshake" and self._has_transport_ended:
-            failure = HandshakeError(
-                "the peer ended the connection during the handshake: it has stopped, or refused this side's evidence",
-                reason="hung_up",
-                code=failure.code,
-                function=failure.function,
-            )
+        if type(failure) is HandshakeError and (found := self._find_reason()):
+            reason, text = found
+            failure = HandshakeError(text, reason=reason, code=failure.code, function=failure.function)
         self._failure = self._failure or failure
+
+    def _find_reason(self) -> tuple[str, str] | None:
+        """Tell from outside why the library has failed, if the peer is the reason."""
+        if self._engine.has_hung_up:
+            return "hung_up", "the peer ended the connection during the handshake: it may have refused us, or stopped"
+        if not (self._engine.collect() or self._has_answered):
+            # What the library finds wrong it tells the peer; it is silent if it was told.
+            return "refused", "the peer ended the handshake with an alert: it may have refused this side's evidence"
+        return None
 
     async def _carry_in(self) -> None:
         with self._wait_in:
@@ -151,6 +157,8 @@ class Negotiation:
                 if not data:
                     await self._end_of_transport()
                 elif self._is_server or (data := self._inspected(data)):
+                    if not self._engine.has_unread:
+                        self._has_answered = False
                     self._engine.feed(data)
 
     async def _carry_out(self) -> None:
@@ -159,7 +167,8 @@ class Negotiation:
                 with trio.CancelScope() as self._wait_out:
                     await trio.lowlevel.wait_readable(self._engine.ours)
             has_ended = self._has_ended.is_set()
-            self._engine.collect()
+            if self._engine.collect():
+                self._has_answered = True
             data = self._engine.take()
             if self._is_server:
                 data = self._inspected(data)
@@ -174,6 +183,7 @@ class Negotiation:
         self._has_transport_ended = True
         self._engine.feed(b"")
         # The handshake may go well all the same: the end may follow what completes it, and even a goodbye.
+        await trio.sleep(_GLANCE_S)
         while self._engine.has_unread:  # noqa: ASYNC110 - no event tells when the library reads
             await trio.sleep(_GLANCE_S)
         self._engine.hang_up()
@@ -190,7 +200,7 @@ class Negotiation:
             if not is_hello(hello, SERVER_HELLO, self._minimum_tls):
                 return b""
         except HandshakeError as error:
-            self._fail(error)
+            self._failure = self._failure or error
             self._engine.hang_up()
             return b""
         self._unread_hello = None

@@ -187,21 +187,24 @@ async def _exchange_yes(stream: RatsTlsStream, *, is_server: bool) -> None:
     try:
         if is_server:
             await stream.send_all(SERVER_YES)
-        expected = CLIENT_YES if is_server else SERVER_YES
-        said = b""
-        while len(said) < len(expected) and (more := await stream.receive_some(len(expected) - len(said))):
-            said += more
-        if not is_server:
+            await _expect(CLIENT_YES, stream)
+        else:
+            await _expect(SERVER_YES, stream)
             await stream.send_all(CLIENT_YES)
     except SessionBroken as error:
         raise HandshakeError(
-            "the peer ended the session with a fatal error before it said yes: it refused this side's evidence, or"
-            " wanted some",
+            "the peer ended the session with an alert before it said yes: it refused our evidence, or wanted some",
             reason="refused",
         ) from error
     except trio.BrokenResourceError as error:
         raise HandshakeError(f"the peer was gone before it said yes: {error}", reason="hung_up") from error
-    if said != expected:
+
+
+async def _expect(word: bytes, stream: RatsTlsStream) -> None:
+    said = b""
+    while len(said) < len(word) and (more := await stream.receive_some(len(word) - len(said))):
+        said += more
+    if said != word:
         raise HandshakeError(
             f"the peer said {said!r} instead of yes: is it an original one, which needs --wire original?",
             reason="no_yes",
