@@ -24,6 +24,19 @@ mr_enclave = "{GATEWAY_BUILD}"
 """
 
 
+def build_standin(directory: FilePath) -> FilePath:
+    """Compile the stand-in into a new directory in *directory*, and return the library's path."""
+    return standin.build(directory / "rats-tls")
+
+
+def encrypted_path(library: FilePath, **options: Any) -> Path:
+    """Return a path whose links *library* encrypts, with plug-ins that prove nothing; *options* are `Path`'s."""
+    insecure = ["--entg-rats-tls", "--insecure-no-attestation"]
+    gateway = [*insecure, "--enta-rats-tls"]
+    environment = {"RATSTLS_LIBRARY": str(library)}
+    return Path(client=insecure, server=insecure, near=gateway, far=gateway, environment=environment, **options)
+
+
 def attested_path(library: FilePath, directory: FilePath, *, policy: str = POLICY, **options: Any) -> Path:
     """Return a path whose gateways attest to those who dial them, with the stand-in at *library*.
 

@@ -1,5 +1,7 @@
 """``./dev demo``: an unmodified program's bytes cross four hosts, and a gateway dies on the way. Takes half a minute.
 
+``./dev demo --rats-tls`` does it over attested links, and says what they prove.
+
 The hosts are network namespaces of this machine; nothing outside them is touched. Needs root, or a /dev/net/tun that
 others may open: then the demo makes itself a user namespace.
 """
@@ -10,10 +12,16 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import textwrap
 import time
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Final
 
+from attested import attested_path, build_standin, encrypted_path
 from path import BIN, PLACES, Path, Place, Program
 
 PORT: Final = "7"
@@ -22,10 +30,22 @@ ECHOED_BYTES: Final = 5_000_000
 TRANSFER_BYTES: Final = 200_000_000
 TUN_NODE: Final = FilePath("/dev/net/tun")
 _INSIDE: Final = "ENG_DEMO_INSIDE"
+_REAL: Final = """\
+attested by {}, with null plug-ins (--insecure-no-attestation): this machine is no enclave.
+All three links are encrypted, and NOBODY has proved anything: whoever answers would be accepted.
+"""
+_STANDIN: Final = """\
+attested by the tests' stand-in: there is no librats_tls here ($RATSTLS_LIBRARY, /usr/local/lib/rats-tls).
+The links are TLS 1.3 for real, and programs judge evidence by a policy for real; but the evidence is
+MADE UP, by a library that says whatever it is told. It proves nothing about this machine.
+"""
 
 
 def main() -> int:
     """Show the path and return 0 if all of it held."""
+    parser = ArgumentParser(prog="demo", description="Show the whole path on four hosts made of network namespaces.")
+    parser.add_argument("--rats-tls", action="store_true", help="over attested links")
+    options = parser.parse_args()
     if os.geteuid() != 0:
         return _enter_user_namespace()
     began_s = time.monotonic()
@@ -38,9 +58,11 @@ Four hosts on this machine, made of network namespaces; nothing else on it is to
                                   10.81.3.1 ──── 10.81.3.2
     enta client    entg           entg           enta server :{PORT}
 """)
-    with Path(capture=[PORT], replay=[PORT]) as path:
+    with _chosen_path(with_rats_tls=options.rats_tls) as path:
         path.start()
         _say("started", f"two agents and two gateways, ready after {time.monotonic() - began_s:.1f} s")
+        if options.rats_tls:
+            _show_peers(path)
         _show_rules(path)
         with path.running("server", "echosvr", "server", "--port", PORT):
             _show_echo(path)
@@ -49,6 +71,42 @@ Four hosts on this machine, made of network namespaces; nothing else on it is to
         is_clean = _show_clean_up(path)
     _say("done", f"after {time.monotonic() - began_s:.0f} s, all hosts removed")
     return 0 if is_whole and is_clean else 1
+
+
+@contextmanager
+def _chosen_path(*, with_rats_tls: bool) -> Iterator[Path]:
+    """Make the path with plain links or attested ones, not started yet."""
+    with tempfile.TemporaryDirectory(prefix="eng-demo-") as name:
+        directory = FilePath(name)
+        if not with_rats_tls:
+            chosen = Path(capture=[PORT], replay=[PORT])
+        elif (library := _installed_library()) is not None:
+            _say("links", _REAL.format(library))
+            chosen = encrypted_path(library, capture=[PORT], replay=[PORT])
+        else:
+            _say("links", _STANDIN)
+            chosen = attested_path(build_standin(directory), directory, capture=[PORT], replay=[PORT])
+        with chosen as path:
+            yield path
+
+
+def _installed_library() -> FilePath | None:
+    from ratstls._library import DEFAULT_PATH, VARIABLE
+
+    library = FilePath(os.environ.get(VARIABLE) or DEFAULT_PATH)
+    return library if library.exists() else None
+
+
+def _show_peers(path: Path) -> None:
+    """Print what each of those that dial found out about whom it dialled, as `status` tells it."""
+    status = {place: path.programs[place].status() for place in PLACES}
+    peers = {
+        "app      of near": status["app"]["uplink"]["attested"]["peer"],
+        "near     of far": status["near"]["legs"]["entg"]["attested"]["peer"],
+        "server   of far": status["server"]["uplink"]["attested"]["peer"],
+    }
+    lines = (textwrap.fill(f"{who:<18}{peer}", 100, subsequent_indent=" " * 18) for who, peer in peers.items())
+    _say("peers", "\n".join(lines))
 
 
 def _say(topic: str, text: str) -> None:
@@ -155,7 +213,7 @@ def _enter_user_namespace() -> int:
     os.environ[_INSIDE] = "1"
     # iproute2 keeps its namespaces under /run, which in here is ours.
     script = 'mount -t tmpfs tmpfs /run && exec "$@"'
-    argv = [*unshare, "sh", "-c", script, "demo", sys.executable, __file__]
+    argv = [*unshare, "sh", "-c", script, "demo", sys.executable, __file__, *sys.argv[1:]]
     return subprocess.run(argv, check=False).returncode
 
 
