@@ -17,6 +17,7 @@ TlsVersion = Literal["1.2", "1.3"]
 CLIENT_HELLO: Final = 1
 SERVER_HELLO: Final = 2
 _ALERT: Final = 21
+_ALERT_BYTES: Final = 2
 _HANDSHAKE: Final = 22
 _HEADERS_BYTES: Final = 9  # of the record 5, of the message 4
 _RECORD_LIMIT_BYTES: Final = 1 << 14
@@ -35,15 +36,15 @@ def is_hello(data: bytes, kind: int, minimum: TlsVersion) -> bool:
         HandshakeError: it never will: the peer speaks something else (``not_tls``), for which a single byte may be
             enough, or refuses to speak (``alert``), or in no version from *minimum* on (``tls_version``).
     """
-    if data[:1] == bytes([_ALERT]) and len(data) >= 7:
-        raise HandshakeError(
-            f"the peer refused the handshake with TLS alert {data[6]}: it may want another version or other ciphers",
-            reason="alert",
-        )
     if not _may_be_hello(data, kind):
         raise HandshakeError(
             f"the peer speaks no TLS, it said {data[:_SHOWN_BYTES]!r}: does it want a plain link, or is it a stranger?",
             reason="not_tls",
+        )
+    if data[:1] == bytes([_ALERT]) and len(data) >= 7:
+        raise HandshakeError(
+            f"the peer refused the handshake with TLS alert {data[6]}: it may want another version or other ciphers",
+            reason="alert",
         )
     if len(data) < _HEADERS_BYTES or len(data) < 5 + _number(data[3:5]):
         return False
@@ -60,11 +61,13 @@ def is_hello(data: bytes, kind: int, minimum: TlsVersion) -> bool:
 
 def _may_be_hello(data: bytes, kind: int) -> bool:
     length = _number(data[3:5])
+    is_alert = data[:1] == bytes([_ALERT])
+    # How many bytes it takes to know each of them.
     facts = (
-        (1, data[:1] in (bytes([_HANDSHAKE]), bytes([_ALERT]))),
+        (1, is_alert or data[:1] == bytes([_HANDSHAKE])),
         (2, data[1:2] == b"\x03"),
-        (5, 4 <= length <= _RECORD_LIMIT_BYTES),
-        (6, data[5:6] == bytes([kind]) or data[:1] == bytes([_ALERT])),
+        (5, length == _ALERT_BYTES if is_alert else 4 <= length <= _RECORD_LIMIT_BYTES),
+        (6, is_alert or data[5:6] == bytes([kind])),
         (9, 4 + _number(data[6:9]) <= length),
     )
     return all(is_true for needed, is_true in facts if len(data) >= needed)
