@@ -37,8 +37,8 @@ PLUGINS: Final = tuple(
 _LOADER_DIRECTORY: Final = Path("/opt/occlum/glibc/lib")  # where copy_bom puts what it finds, too
 _OPENED_BY_NAME: Final = ("libgcc_s.so.1",)  # by glibc, when a thread ends, so that no ELF file says so
 
-# Occlum takes no option after the interpreter's name, and hands its own words to whatever it starts. So the first
-# Python replaces itself by one that heeds no environment, because there is none, and no directory but its own.
+# Occlum takes no option after the interpreter's name, and the host chooses the words that follow. So the first Python
+# gives way to one that heeds no environment, because there is none, and looks for modules in its prefix only.
 _LAUNCHER_TEXT: Final = """\
 #!{python}/bin/python3
 import os
@@ -46,9 +46,8 @@ import sys
 
 if not sys.flags.isolated:
     os.execve("{python}/bin/python3", ["python3", "-I", __file__, *sys.argv[1:]], {{}})
-sys.argv[1:1] = ["--occlum"]
 
-from entg.__main__ import main
+from entg.launch import main
 
 sys.exit(main())
 """
