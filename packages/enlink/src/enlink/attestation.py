@@ -108,7 +108,7 @@ def read_attestation(
         )
     if is_attesting and options.attester is None and not is_waived:
         raise ConfigError(
-            "this side attests: name what makes its evidence with --attester, as in --attester tdx_ecdsa"
+            "this side attests: name what makes its evidence with --attester, as in --attester csv"
             " (sgx_ecdsa only inside Occlum)"
         )
     null = "nullattester"
