@@ -119,6 +119,7 @@ def test_more_than_there_is_room_for_waits(engines: list[Engine]) -> None:
     engine = engine_of(engines, session)
     sent, read = os.urandom(1_000_000), b""
     engine.feed(sent)
+    engine.push()
     waited = 0
     while engine.has_unread:
         waited += engine.has_unfed
@@ -126,6 +127,13 @@ def test_more_than_there_is_room_for_waits(engines: list[Engine]) -> None:
         engine.push()
     assert read == sent
     assert waited > 2
+
+
+def test_a_library_that_starves_is_asked_again_while_there_is_more_for_it(engines: list[Engine]) -> None:
+    """What there was no room for, it has not seen."""
+    engine = engine_of(engines, Scripted(AGAIN, AGAIN, b"d" * 65_536))
+    engine.feed(bytes(1_000_000))
+    assert engine.read(1) == b"d"
 
 
 def test_a_send_is_repeated_until_all_is_taken(engines: list[Engine]) -> None:

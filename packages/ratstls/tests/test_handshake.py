@@ -35,7 +35,7 @@ from ratstls.accepted import Accepted, PolicyError
 from ratstls.budget import FailureBudget
 from ratstls.errors import AttestationRejected, BadOption, EvidenceError, HandshakeError, Truncated
 from ratstls.evidence import Evidence
-from ratstls.handshake import CLIENT_YES, SERVER_YES, client_handshake, server_handshake
+from ratstls.handshake import CLIENT_YES, SERVER_YES, _Judge, client_handshake, server_handshake
 from ratstls.policy import Policy
 from ratstls.stream import RatsTlsStream
 from ratstls.verdict import Verdict
@@ -167,6 +167,13 @@ async def test_a_session_may_be_over_before_the_handshake_is(library: Library) -
 
 
 # No.
+
+
+@pytest.mark.proves("D3")
+def test_a_side_without_policy_accepts_nobody() -> None:
+    """Should a library ask it after all."""
+    with pytest.raises(RuntimeError, match="a peer that it was not to verify"):
+        _Judge(None)(Evidence("unknown"))
 
 
 class Raising(Policy):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from functools import partial
 
 import pytest
 import trio
 from in_child import in_child
-from links import ANYBODY, ATTESTED, STANDIN, Handles, both, client_of, link, server_of
+from links import ANYBODY, ATTESTED, PLAIN, STANDIN, Handles, both, client_of, link, read_to_end, server_of
 from ratstls import _negotiation
+from ratstls._engine import Engine
 from ratstls._library import Library
+from ratstls._negotiation import Negotiation
+from ratstls._session import Session
 from ratstls.budget import FailureBudget
 from ratstls.errors import HandshakeError
 from ratstls.handshake import client_handshake, server_handshake
@@ -86,6 +90,38 @@ async def test_more_evidence_than_fits_at_once_is_carried_to_its_end(standin_onl
     assert isinstance(client, HandshakeError)
     assert isinstance(server, HandshakeError)
     assert client.reason == "handshake"
+
+
+@in_child(STANDIN_VERIFIER_DELAY_MS="300")
+async def test_what_comes_while_the_library_is_busy_waits(standin_only: Library) -> None:
+    """A client that does not wait for a yes may send much while the server's verifier is still at it."""
+    ours, theirs = memory_stream_pair()
+    sent = os.urandom(1_000_000)
+
+    async def send() -> None:
+        settings = client_of(standin_only, ATTESTED, is_acknowledged=False)
+        async with await client_handshake(ours, settings, policy=STANDIN) as stream:
+            await stream.send_all(sent)
+
+    async def receive() -> tuple[bytes, BaseException | None]:
+        settings = server_of(standin_only, ATTESTED, is_acknowledged=False)
+        async with await server_handshake(theirs, settings, policy=STANDIN) as stream:
+            return await read_to_end(stream)
+
+    assert (await both(send, receive))[1] == (sent, None)
+
+
+@in_child()
+def test_a_thread_that_comes_too_late_touches_nothing(library: Library) -> None:
+    """Its owner has given up, and freed the session, before it began."""
+    handles = Handles(library)
+    session = Session(handles.library, PLAIN, ANYBODY.judge)
+    engine = Engine(session)
+    negotiation = Negotiation(memory_stream_pair()[0], engine, is_server=False, minimum_tls="1.3")
+    negotiation._place = _negotiation._Place.ABANDONED
+    assert negotiation._shake_hands() is None
+    assert handles.made == 0
+    engine.free()
 
 
 @in_child()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from contextlib import suppress
 from enum import Enum
@@ -81,8 +82,7 @@ class Negotiation:
             # Never cancel sending because the handshake is over: the peer would miss a record.
             self._wait_in.cancel()
             self._wait_out.cancel()
-            if self._failure is not None:
-                nursery.cancel_scope.deadline = trio.current_time() + ALERT_S
+            nursery.cancel_scope.deadline = trio.current_time() + (math.inf if self._failure is None else ALERT_S)
         if self._failure is not None:
             raise self._failure
         self._engine.open()
