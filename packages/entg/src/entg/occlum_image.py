@@ -45,7 +45,7 @@ import os
 import sys
 
 if not sys.flags.isolated:
-    os.execve("{python}/bin/python3", ["python3", "-I", __file__, *sys.argv[1:]], {{}})
+    os.execve("{python}/bin/python3", ["{python}/bin/python3", "-I", __file__, *sys.argv[1:]], {{}})
 
 from entg.launch import main
 
