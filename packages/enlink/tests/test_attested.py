@@ -153,6 +153,25 @@ async def test_a_lack_of_descriptors_ends_one_handshake(library: Library) -> Non
     await both(ours.stream.aclose, theirs.stream.aclose)
 
 
+@in_child()
+async def test_a_lack_of_threads_ends_one_handshake(library: Library) -> None:
+    """Of handshakes there may be many at once, and of a service's tasks few."""
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    server = await prepared(ATTESTING, side="server")
+    client = await prepared(JUDGING, side="client")
+    names = vars(trio.to_thread)
+    run_sync, names["run_sync"] = names["run_sync"], refuse
+    with pytest.raises(LinkEnded, match="can't start new thread") as ended:
+        await client.shake_hands(memory_stream_pair()[0])
+    assert ended.value.reason == "resources"
+    names["run_sync"] = run_sync
+    ours, theirs = await shake_hands(client, server)
+    await both(ours.stream.aclose, theirs.stream.aclose)
+
+
 # Warnings.
 
 

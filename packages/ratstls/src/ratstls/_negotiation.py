@@ -92,8 +92,12 @@ class Negotiation:
         if limiter is None:
             limiter = bound_threads(HANDSHAKE_THREADS)
         with self._thread:
-            failure = await trio.to_thread.run_sync(self._shake_hands, abandon_on_cancel=True, limiter=limiter)
-            self._fail(failure)
+            try:
+                failure = await trio.to_thread.run_sync(self._shake_hands, abandon_on_cancel=True, limiter=limiter)
+            except RuntimeError as error:
+                self._failure = HandshakeError(f"no thread for a handshake: {error}", reason="resources")
+            else:
+                self._fail(failure)
         self._has_ended.set()
 
     def _shake_hands(self) -> BaseException | None:
