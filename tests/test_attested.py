@@ -6,13 +6,14 @@ Real programs and a real wire; the stand-in's evidence says whatever a test want
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 import standin
 from attested_pair import APPLICATION_DATA, GATEWAY, PORT, Pair, attested_pair, counted, records, streams
 from enlink.testing.gateways import HELLO, AgentSide
 from enlink.testing.probe import Packet, canary
-from enlink.testing.programs import Program
+from enlink.testing.programs import Program, started
 from enta.cleanup import clean_up
 
 ALERT, HANDSHAKE = 21, 22  # RFC 8446, 5.1
@@ -121,6 +122,28 @@ def test_the_right_evidence_makes_a_link_and_status_shows_it(pair: Pair) -> None
         assert any(
             kind == APPLICATION_DATA and length > ALERT_BYTES for link in records_of_link for kind, length in link
         )
+
+
+@pytest.mark.proves("D1", "F71")
+def test_a_gateway_judges_the_gateway_that_it_dials(pair: Pair) -> None:
+    """It says why there is no link; and makes one once another gateway, with the right evidence, is there."""
+    listening = ("--entg-listen", "127.0.0.1:6979", "--enta-listen", "127.0.0.1:6981")
+    attesting = ("--entg-rats-tls", "--attester", "sgx_ecdsa")
+
+    def far(**says: str) -> AbstractContextManager[Program]:
+        return started(pair.near, "entg", *listening, *attesting, under=pair.under(says))
+
+    with pair.plain_gateway("--entg-rats-tls", "--policy", str(pair.policy)) as gateway:
+        with far(STANDIN_MR_ENCLAVE="66" * 32) as other:
+            gateway.wait_until(lambda: counted(gateway, "entg_ended").get("mrenclave", 0) >= 2, "refused")
+            leg = gateway.status()["legs"]["entg"]
+            assert leg["connected"] is False
+            assert "(mrenclave)" in leg["problem"]
+            assert "mrenclave" in {event["reason"] for event in gateway.events("unreachable")}
+            assert other.events("refused")
+        with far() as other:
+            gateway.wait_until(lambda: bool(gateway.status()["legs"]["entg"]["connected"]), "connected")
+            assert f"mr_enclave={'5e' * 32}" in gateway.status()["legs"]["entg"]["attested"]["peer"]
 
 
 # Plain and attested do not mix.
