@@ -99,6 +99,27 @@ def test_a_header_that_lies_is_found_out(offset: int, value: bytes, says: str) -
         parse_elf(bytes(data))
 
 
+def dynamic_header() -> int:
+    """Where the program header of the dynamic section is."""
+    start, size, count = (*struct.unpack_from("<Q", BYTES, 32), *struct.unpack_from("<2H", BYTES, 54))
+    (found,) = [at for at in range(start, start + size * count, size) if BYTES[at : at + 4] == b"\2\0\0\0"]
+    return int(found)
+
+
+def test_names_that_lie_are_found_out() -> None:
+    """Names that are no text, a table of names that is too short, and a dynamic section that ends before it says."""
+    (begin,) = struct.unpack_from("<Q", BYTES, dynamic_header() + 8)
+    (length,) = struct.unpack_from("<Q", BYTES, dynamic_header() + 32)
+    name = (parse_elf(BYTES).soname or "").encode()
+    with pytest.raises(BrokenElf, match="a name that is no text"):
+        parse_elf(BYTES.replace(name, b"\xff" + name[1:]))
+    (size_at,) = [at for at in range(begin, begin + length, 16) if struct.unpack_from("<q", BYTES, at) == (10,)]
+    with pytest.raises(BrokenElf, match="a name without an end"):
+        parse_elf(BYTES[: size_at + 8] + bytes(8) + BYTES[size_at + 16 :])
+    with pytest.raises(BrokenElf, match="has no table of names"):
+        parse_elf(BYTES[: dynamic_header() + 32] + struct.pack("<Q", 16) + BYTES[dynamic_header() + 40 :])
+
+
 @given(st.integers(0, len(BYTES)))
 def test_a_file_cut_anywhere_is_refused_or_read_as_the_whole_one(length: int) -> None:
     """What a loader is asked for lies before the end of most files, so that some cuts lose nothing of it."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from entg.launch import _refuse
 
 ATTEMPTS = {
     "subprocess": "import subprocess; subprocess.run(['true'])",
@@ -30,6 +31,15 @@ def test_no_way_to_start_a_process_is_left(attempt: str) -> None:
     refused = child("from entg.launch import forbid_processes", "forbid_processes()", attempt)
     assert refused.returncode == 1
     assert "an enclave has one process" in refused.stderr
+
+
+def test_only_what_starts_a_process_is_refused() -> None:
+    """An audit hook stays for good, so that here it is only asked."""
+    for event in ("os.fork", "subprocess.Popen", "os.exec"):
+        with pytest.raises(PermissionError, match=f"^{event}: an enclave has one process"):
+            _refuse(event, ())
+    for event in ("open", "import", "socket.connect", "os.putenv"):
+        _refuse(event, ())
 
 
 def test_it_is_entg_with_occlum_that_is_launched() -> None:
