@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import subprocess
 from collections.abc import Generator
 from typing import TypeVar
@@ -34,6 +35,12 @@ def _without_excuse(report: Report) -> Report:
         report.outcome = "failed"
         report.longrepr = f"skipped or expected to fail, which CI does not accept: {reason}"
     return report
+
+
+def pytest_configure() -> None:
+    """Let SIGINT interrupt, also where a shell has started us in the background with it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
