@@ -78,3 +78,14 @@ def test_answers_that_come_at_once_are_counted() -> None:
     rows = [line.rsplit(maxsplit=1) for line in done.stdout.splitlines()[2:]]
     assert {name.split(",")[0] for name, _ in rows} == {"relay", "socat", "socat -t 30"}, done.stderr
     assert [count for _, count in rows] == ["300000"] * 6
+
+
+def test_an_attested_stream_is_measured_beside_those_it_is_compared_with() -> None:
+    argv = [sys.executable, "-m", "bench", "streams", "--quick"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=FAR_BEYOND_S, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert set(results) == {"attested", "trio.SSLStream", "plain"}
+    for figures in results.values():
+        assert len(figures) == 4
+        assert all(value > 0 for rounds in figures.values() for value in rounds)
