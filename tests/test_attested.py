@@ -116,7 +116,7 @@ def test_the_right_evidence_makes_a_link_and_status_shows_it(pair: Pair) -> None
         agent.wait_until_ready()
         attested = agent.status()["uplink"]["attested"]
         assert f"mr_enclave={'5e' * 32}" in attested["peer"]
-        assert "(accepted, sgx_ecdsa)" in attested["peer"]
+        assert "(accepted, sgx_ecdsa, 20" in attested["peer"]  # and when
         assert gateway.status()["legs"]["enta"]["attested"]["peer"] == "was not asked"
         records_of_link = [records(stream) for stream in streams(pair.ear.packets())]
         assert any(

@@ -191,7 +191,8 @@ class Uplink:
                 farewell = Close("the agent is stopping")
                 self._set_link(link)
                 self._told.clear()
-                log_event(_logger, "uplink_up", gateway=self._dialer.endpoint, peer=describe(link.peer))
+                proved = {"attested": self._evidence} if self._evidence else {}
+                log_event(_logger, "uplink_up", gateway=self._dialer.endpoint, peer=describe(link.peer), **proved)
                 self._counters.add("uplinks", "made")
                 self.has_been_up.set()
                 if len(self._queue):

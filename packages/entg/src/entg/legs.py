@@ -300,7 +300,8 @@ class Leg:
             displaced.end("replaced", text, Error(text))
         connection.identity = identity
         self._trouble = None
-        self._log("connected", connection.link.speech, connection, peer=describe(peer))
+        attested = {"attested": connection.evidence} if connection.evidence else {}
+        self._log("connected", connection.link.speech, connection, peer=describe(peer), **attested)
         return True
 
     async def _forward(self, connection: Connection) -> None:

@@ -46,4 +46,6 @@ class Peer:
     def __str__(self) -> str:
         """One line for logs and status."""
         fields = " ".join(f"{name}={value}" for name, value in self.measurements) or "no measurement"
-        return f"{self.kind} {fields} ({self.reason}, {self.verifier})"
+        claims = "".join(f" claim {name!r}={value.hex()}" for name, value in self.claims)
+        when = self.verified_at.isoformat(timespec="seconds")
+        return f"{self.kind} {fields}{claims} ({self.reason}, {self.verifier}, {when})"
