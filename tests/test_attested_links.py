@@ -101,8 +101,8 @@ def test_in_mutual_mode_each_judges_the_other(pair: Pair) -> None:
     mutual = ("--mutual", "--policy", str(pair.policy))
     with pair.gateway(*mutual) as gateway, pair.agent("--mutual", "--attester", "sgx_ecdsa") as agent:
         agent.wait_until_ready()
-        assert "(accepted, sgx_ecdsa)" in agent.status()["uplink"]["attested"]["peer"]
-        assert "(accepted, sgx_ecdsa)" in gateway.status()["legs"]["enta"]["attested"]["peer"]
+        assert "(accepted, sgx_ecdsa, 20" in agent.status()["uplink"]["attested"]["peer"]
+        assert "(accepted, sgx_ecdsa, 20" in gateway.status()["legs"]["enta"]["attested"]["peer"]
 
 
 @pytest.mark.proves("D1", "D9")
