@@ -13,7 +13,8 @@ import trio
 from enlink.control import Close, ControlMessage, Error, Hello, Keepalive, Role, Unknown
 from enlink.errors import ProtocolError, Unavailable
 from enlink.frame import Buffer, Discarded, Event, Fault, FrameDecoder, Packets, encode_control
-from enlink.port import Port, port_of
+from enlink.port import Port
+from enlink.sealed import port_of
 
 Speech = Literal["silent", "raw", "eng"]
 

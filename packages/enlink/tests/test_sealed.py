@@ -1,0 +1,168 @@
+"""Each stream gets the fastest port there is; an encrypted one that shows its parts is read and written by them."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+from enlink.port import Port, SocketPort, StreamPort
+from enlink.sealed import SealedPort, port_of
+from enlink.testing.streams import tcp_stream_pair
+from trio.testing import lockstep_stream_pair, trio_test
+
+DEADLINE_S = 50
+MORE_THAN_FITS = bytes(range(256)) * 16_384  # 4 MiB
+
+
+class ToyEngine:
+    """Encryption as an engine sees it: records of a length and bytes that are turned round; an empty one is goodbye."""
+
+    def __init__(self) -> None:
+        self.arrived = bytearray()
+        self.plain = bytearray()
+        self.sealed = bytearray()
+        self.is_at_end = self.has_goodbye = self.is_broken = False
+
+    @property
+    def is_starved(self) -> bool:
+        return not self.plain and not self.has_goodbye
+
+    def feed(self, ciphertext: bytes, /) -> None:
+        self.is_at_end = not ciphertext
+        self.arrived += ciphertext
+
+    def read(self, limit_bytes: int, /) -> bytes | None:
+        while len(self.arrived) >= 2:
+            length = int.from_bytes(self.arrived[:2], "big")
+            if len(self.arrived) < 2 + length:
+                break
+            self.plain += self.arrived[2 : 2 + length][::-1]
+            self.has_goodbye = self.has_goodbye or not length
+            del self.arrived[: 2 + length]
+        if self.plain:
+            data = bytes(self.plain[:limit_bytes])
+            del self.plain[:limit_bytes]
+            return data
+        if self.has_goodbye:
+            return b""
+        if self.is_at_end or self.is_broken:
+            raise trio.BrokenResourceError("no goodbye")
+        return None
+
+    def write(self, data: bytes, /) -> None:
+        if self.is_broken:
+            raise trio.BrokenResourceError("over")
+        for start in range(0, len(data), 1000):
+            record = data[start : start + 1000][::-1]
+            self.sealed += len(record).to_bytes(2, "big") + record
+
+    def take(self) -> bytes:
+        data = bytes(self.sealed)
+        self.sealed.clear()
+        return data
+
+
+class ToyStream(trio.abc.Stream):
+    """An encrypted stream, of which a port takes the parts."""
+
+    def __init__(self, transport: trio.abc.Stream) -> None:
+        self.transport = transport
+        self.engine = ToyEngine()
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:  # noqa: ARG002  # the interface
+        raise AssertionError("the port uses the parts")
+
+    async def wait_send_all_might_not_block(self) -> None:
+        raise AssertionError("the port uses the parts")
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:  # noqa: ARG002  # the interface
+        raise AssertionError("the port uses the parts")
+
+    async def aclose(self) -> None:
+        await self.transport.aclose()
+
+
+async def sealed_ports() -> tuple[Port, Port, ToyStream, ToyStream]:
+    left, right = map(ToyStream, await tcp_stream_pair(buffer_bytes=65_536))
+    near, far = port_of(left), port_of(right)
+    assert isinstance(near, SealedPort)
+    return near, far, left, right
+
+
+def test_each_stream_gets_the_fastest_port_there_is() -> None:
+    async def main() -> None:
+        left, right = await tcp_stream_pair()
+        here, there = lockstep_stream_pair()
+        assert [type(port_of(stream)) for stream in (left, ToyStream(right), here, ToyStream(there))] == [
+            SocketPort,
+            SealedPort,
+            StreamPort,
+            StreamPort,
+        ]
+        await left.aclose()
+        await right.aclose()
+
+    trio.run(main)
+
+
+@trio_test
+async def test_sealed_bytes_arrive_whole_and_in_order_in_pieces_of_any_size() -> None:
+    near, far, left, right = await sealed_ports()
+    heard = bytearray()
+
+    def digest(data: bytes) -> bool:
+        heard.extend(data)
+        # Now and then it is enough for this time.
+        return len(heard) % 3 != 0 and len(heard) < len(MORE_THAN_FITS) + 7
+
+    with trio.fail_after(DEADLINE_S):
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def speak() -> None:
+                assert near.offer(MORE_THAN_FITS)
+                assert near.has_unsent
+                await near.write(b"the end", 30.0)
+
+            while len(heard) < len(MORE_THAN_FITS) + 7:
+                assert await far.read(digest)
+    assert bytes(heard) == MORE_THAN_FITS + b"the end"
+    await left.aclose()
+    await right.aclose()
+
+
+@trio_test
+async def test_a_goodbye_is_told_from_a_cut() -> None:
+    near, far, left, right = await sealed_ports()
+    await left.transport.send_all(b"\0\2ba\0\0")
+    heard: list[bytes] = []
+
+    def digest(data: bytes) -> bool:
+        heard.append(data)
+        return True
+
+    with trio.fail_after(DEADLINE_S):
+        assert not await far.read(digest)
+        assert heard == [b"ab"]
+        await right.transport.send_all(b"\0\2ba\0")
+        await right.aclose()
+        with pytest.raises(EOFError, match="no goodbye"):
+            await near.read(digest)
+    assert heard == [b"ab", b"ab"]
+    await left.aclose()
+
+
+@trio_test
+async def test_a_broken_session_is_told_to_who_reads_and_who_writes() -> None:
+    near, _, left, right = await sealed_ports()
+    left.engine.is_broken = True
+    await right.transport.send_all(b"x")
+    with trio.fail_after(DEADLINE_S):
+        with pytest.raises(trio.BrokenResourceError):
+            await near.read(lambda _: True)
+        with pytest.raises(trio.BrokenResourceError):
+            near.offer(b"x")
+        assert isinstance(near.failure, trio.BrokenResourceError)
+        with pytest.raises(trio.BrokenResourceError):
+            await near.write(b"x", 1.0)
+    await left.aclose()
+    await right.aclose()
