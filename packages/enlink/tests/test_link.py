@@ -29,6 +29,7 @@ from enlink.link import (
     describe,
 )
 from enlink.pump import current_pump
+from enlink.testing.frames import feed
 from enlink.testing.streams import ImpairedStream, reset, tcp_stream_pair
 from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, trio_test, wait_all_tasks_blocked
 
@@ -106,7 +107,7 @@ async def hear_all(stream: Stream) -> list[Any]:
     decoder = FrameDecoder()
     heard: list[Any] = []
     while data := await stream.receive_some():
-        for event in decoder.feed(bytes(data)):
+        for event in feed(decoder, data):
             heard += map(bytes, event) if isinstance(event, Packets) else [event]
     return heard if decoder.is_between_frames else [*heard, "half"]
 
@@ -831,7 +832,7 @@ async def test_a_fault_is_reported_although_the_peer_is_gone() -> None:
     await peer.send_all(b"\xff\xff\xff\xff")
     await trio.lowlevel.wait_readable(here.socket)
     data = os.read(here.socket.fileno(), 100)
-    side.link._events.extend(side.link._decoder.feed(data))  # it has been read when the reset comes
+    side.link._events.extend(feed(side.link._decoder, data))  # it has been read when the reset comes
     reset(peer)
     assert (await end_of(side.link)).reason == "frame_len"
     await side.link.aclose()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import trio
 from enlink.port import Port, SocketPort, StreamPort
@@ -81,6 +84,24 @@ class ToyStream(trio.abc.Stream):
         await self.transport.aclose()
 
 
+class Hearer:
+    """Keeps what a port reads, into rooms of any size; *wants_more* says after which of it to go on."""
+
+    def __init__(self, wants_more: Callable[[bytes], bool] = lambda _: True) -> None:
+        self.heard = bytearray()
+        self._wants_more = wants_more
+        self._sizes = itertools.cycle((1, 100, 65_536))
+        self._room = memoryview(b"")
+
+    def space(self) -> memoryview:
+        self._room = memoryview(bytearray(next(self._sizes)))
+        return self._room
+
+    def digest(self, count: int) -> bool:
+        self.heard += self._room[:count]
+        return self._wants_more(bytes(self.heard))
+
+
 async def sealed_ports() -> tuple[Port, Port, ToyStream, ToyStream]:
     left, right = map(ToyStream, await tcp_stream_pair(buffer_bytes=65_536))
     near, far = port_of(left), port_of(right)
@@ -107,12 +128,8 @@ def test_each_stream_gets_the_fastest_port_there_is() -> None:
 @trio_test
 async def test_sealed_bytes_arrive_whole_and_in_order_in_pieces_of_any_size() -> None:
     near, far, left, right = await sealed_ports()
-    heard = bytearray()
-
-    def digest(data: bytes) -> bool:
-        heard.extend(data)
-        # Now and then it is enough for this time.
-        return len(heard) % 3 != 0 and len(heard) < len(MORE_THAN_FITS) + 7
+    # Now and then it is enough for this time.
+    hearer = Hearer(lambda heard: len(heard) % 3 != 0 and len(heard) < len(MORE_THAN_FITS) + 7)
 
     with trio.fail_after(DEADLINE_S):
         async with trio.open_nursery() as nursery:
@@ -123,9 +140,9 @@ async def test_sealed_bytes_arrive_whole_and_in_order_in_pieces_of_any_size() ->
                 assert near.has_unsent
                 await near.write(b"the end", 30.0)
 
-            while len(heard) < len(MORE_THAN_FITS) + 7:
-                assert await far.read(digest)
-    assert bytes(heard) == MORE_THAN_FITS + b"the end"
+            while len(hearer.heard) < len(MORE_THAN_FITS) + 7:
+                assert await far.read(hearer.space, hearer.digest)
+    assert bytes(hearer.heard) == MORE_THAN_FITS + b"the end"
     await left.aclose()
     await right.aclose()
 
@@ -134,20 +151,15 @@ async def test_sealed_bytes_arrive_whole_and_in_order_in_pieces_of_any_size() ->
 async def test_a_goodbye_is_told_from_a_cut() -> None:
     near, far, left, right = await sealed_ports()
     await left.transport.send_all(b"\0\2ba\0\0")
-    heard: list[bytes] = []
-
-    def digest(data: bytes) -> bool:
-        heard.append(data)
-        return True
-
+    there, here = Hearer(), Hearer()
     with trio.fail_after(DEADLINE_S):
-        assert not await far.read(digest)
-        assert heard == [b"ab"]
+        assert not await far.read(there.space, there.digest)
+        assert there.heard == b"ab"
         await right.transport.send_all(b"\0\2ba\0")
         await right.aclose()
         with pytest.raises(EOFError, match="no goodbye"):
-            await near.read(digest)
-    assert heard == [b"ab", b"ab"]
+            await near.read(here.space, here.digest)
+    assert here.heard == b"ab"
     await left.aclose()
 
 
@@ -158,7 +170,7 @@ async def test_a_broken_session_is_told_to_who_reads_and_who_writes() -> None:
     await right.transport.send_all(b"x")
     with trio.fail_after(DEADLINE_S):
         with pytest.raises(trio.BrokenResourceError):
-            await near.read(lambda _: True)
+            await near.read(Hearer().space, lambda _: True)
         with pytest.raises(trio.BrokenResourceError):
             near.offer(b"x")
         assert isinstance(near.failure, trio.BrokenResourceError)

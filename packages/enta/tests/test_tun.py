@@ -10,7 +10,7 @@ import stat
 import struct
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ipaddress import IPv4Address
 
@@ -18,6 +18,7 @@ import pytest
 import trio
 import trio.testing
 from enlink.errors import CannotCreate, SystemFailure, UsageError
+from enlink.frame import Buffer, Packets
 from enlink.testing.hosts import Host, Network
 from enta.tun import Tun, TunGone, WriteDrop, check_driver, check_name, open_tun
 
@@ -104,6 +105,11 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
     trio.run(bounded)
 
 
+async def read(tun: Tun, limit: int = 64) -> list[bytes]:
+    """The next packets, copied: the device's own are good only until the next call."""
+    return [bytes(packet) for packet in await tun.read_packets(limit)]
+
+
 def descriptors() -> set[str]:
     return set(os.listdir("/proc/self/fd"))  # noqa: PTH208  # one line, and no Path to compare
 
@@ -117,7 +123,7 @@ def test_packets_come_out_whole_and_in_order(host: Host) -> None:
     async def main() -> None:
         for data in sent:
             program_socket.sendto(data, (PEER, PORT))
-        packets = await tun.read_packets()
+        packets = await read(tun)
         assert [payload(packet) for packet in packets] == sent
         for packet in packets:
             assert packet[0] == 0x45
@@ -129,12 +135,12 @@ def test_packets_come_out_whole_and_in_order(host: Host) -> None:
 
 
 def test_a_reader_waits_until_there_is_a_packet(host: Host) -> None:
-    async def read() -> None:
-        received.extend(await tun.read_packets())
+    async def reader() -> None:
+        received.extend(await read(tun))
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(read)
+            nursery.start_soon(reader)
             await trio.testing.wait_all_tasks_blocked()
             assert received == []
             program_socket.sendto(b"at last", (PEER, PORT))
@@ -149,9 +155,62 @@ def test_a_read_stops_at_its_limit_and_the_next_one_goes_on(host: Host) -> None:
     async def main() -> None:
         for number in range(70):
             program_socket.sendto(bytes([number]), (PEER, PORT))
-        batches = [await tun.read_packets(limit=3), await tun.read_packets(), await tun.read_packets()]
+        batches = [await read(tun, 3), await read(tun), await read(tun)]
         assert [len(batch) for batch in batches] == [3, 64, 3]
         assert [payload(packet)[0] for batch in batches for packet in batch] == list(range(70))
+
+    with opened_tun(host) as tun, program(host) as program_socket:
+        run(main)
+
+
+def test_what_is_not_admitted_is_left_out(host: Host) -> None:
+    async def main() -> None:
+        for number in range(20):
+            program_socket.sendto(bytes([number]), (PEER, PORT))
+        packets = await tun.read_packets(admit=lambda packet: packet[-1] % 3 == 0)
+        assert [payload(bytes(packet))[0] for packet in packets] == list(range(0, 20, 3))
+
+    with opened_tun(host) as tun, program(host) as program_socket:
+        run(main)
+
+
+def test_a_reader_waits_on_when_nothing_was_admitted_or_all_of_it_taken(host: Host) -> None:
+    taken: list[bytes] = []
+
+    def take(packets: Packets) -> bool:
+        taken.extend(payload(bytes(packet)) for packet in packets)
+        return taken[-1] != b"last"
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reader)
+            for data in (b"no", b"one", b"no", b"two", b"last"):
+                program_socket.sendto(data, (PEER, PORT))
+                await trio.testing.wait_all_tasks_blocked()
+
+    async def reader() -> None:
+        packets = await tun.read_packets(admit=lambda packet: payload(bytes(packet)) != b"no", take=take)
+        assert [payload(bytes(packet)) for packet in packets][-1] == b"last"
+
+    with opened_tun(host) as tun, program(host) as program_socket:
+        run(main)
+    assert taken == [b"one", b"two", b"last"]
+
+
+def test_packets_of_any_size_fill_several_batches_and_none_is_cut(host: Host) -> None:
+    """A batch ends where the longest packet might not fit."""
+    sent = [bytes([number]) * 60_000 for number in range(20)]
+
+    async def main() -> None:
+        for data in sent:
+            program_socket.sendto(data, (PEER, PORT))
+        received: list[bytes] = []
+        batches = 0
+        while len(received) < len(sent):
+            received += await read(tun)
+            batches += 1
+        assert [payload(packet) for packet in received] == sent
+        assert 1 < batches < len(sent)
 
     with opened_tun(host) as tun, program(host) as program_socket:
         run(main)
@@ -209,7 +268,7 @@ def test_packets_that_overflow_the_queue_are_counted(host: Host) -> None:
     async def main() -> None:
         received: list[bytes] = []
         while len(received) < QUEUE_PACKETS:
-            received += await tun.read_packets()
+            received += await read(tun)
         assert [int(payload(packet)) for packet in received] == list(range(QUEUE_PACKETS))
 
     with opened_tun(host) as tun, program(host) as program_socket:
@@ -232,7 +291,7 @@ def test_cancelling_a_read_loses_no_packet(host: Host) -> None:
     async def read_cancelled() -> None:
         with trio.CancelScope() as scope:
             scope.cancel()
-            received.extend(await tun.read_packets(limit=2))
+            received.extend(await read(tun, 2))
 
     async def main() -> None:
         for number in range(100):
@@ -241,7 +300,7 @@ def test_cancelling_a_read_loses_no_packet(host: Host) -> None:
             program_socket.sendto(bytes([number]), (PEER, PORT))
             await read_cancelled()
         while len(received) < 100:
-            received.extend(await tun.read_packets())
+            received.extend(await read(tun))
         assert [payload(packet)[0] for packet in received] == list(range(100))
 
     with opened_tun(host) as tun, program(host) as program_socket:
@@ -263,7 +322,7 @@ def test_a_busy_device_leaves_other_tasks_their_turn(host: Host) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(other_task)
             for _ in range(QUEUE_PACKETS):
-                await tun.read_packets(limit=1)
+                await read(tun, 1)
             nursery.cancel_scope.cancel()
         assert abs(turns - QUEUE_PACKETS // 8) <= 3  # at both ends a turn or two are not the reader's to give
 
@@ -274,13 +333,13 @@ def test_a_busy_device_leaves_other_tasks_their_turn(host: Host) -> None:
 def test_closing_wakes_the_reader(host: Host) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(read)
+            nursery.start_soon(reader)
             await trio.testing.wait_all_tasks_blocked()
             tun.close()
 
-    async def read() -> None:
+    async def reader() -> None:
         with pytest.raises(trio.ClosedResourceError):
-            await tun.read_packets()
+            await read(tun)
 
     with opened_tun(host) as tun:
         run(main)
@@ -289,7 +348,7 @@ def test_closing_wakes_the_reader(host: Host) -> None:
 def test_a_closed_device_is_gone_and_takes_no_more(host: Host) -> None:
     async def main() -> None:
         with pytest.raises(trio.ClosedResourceError):
-            await tun.read_packets()
+            await read(tun)
 
     before = descriptors()
     with opened_tun(host) as tun:
@@ -311,12 +370,12 @@ def test_a_closed_device_is_gone_and_takes_no_more(host: Host) -> None:
 def test_a_device_that_is_down_drops_writes_and_keeps_the_reader_waiting(host: Host) -> None:
     received: list[bytes] = []
 
-    async def read() -> None:
-        received.extend(await tun.read_packets())
+    async def reader() -> None:
+        received.extend(await read(tun))
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(read)
+            nursery.start_soon(reader)
             await trio.testing.wait_all_tasks_blocked()
             host.run("ip", "link", "set", NAME, "down")
             assert tun.write_packet(from_peer(b"lost")) is WriteDrop.DOWN
@@ -336,7 +395,7 @@ def test_a_device_that_is_down_drops_writes_and_keeps_the_reader_waiting(host: H
 def test_a_deleted_device_is_reported_once_what_it_held_is_read(host: Host) -> None:
     async def main() -> None:
         with pytest.raises(TunGone, match="eng0 was deleted") as raised:
-            await tun.read_packets()
+            await read(tun)
         assert raised.value.exit_code == 71
 
     with opened_tun(host) as tun:
@@ -352,13 +411,13 @@ def test_a_deleted_device_is_reported_once_what_it_held_is_read(host: Host) -> N
 def test_deleting_the_device_wakes_the_reader(host: Host) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(read)
+            nursery.start_soon(reader)
             await trio.testing.wait_all_tasks_blocked()
             host.run("ip", "link", "delete", NAME)
 
-    async def read() -> None:
+    async def reader() -> None:
         with pytest.raises(TunGone):
-            await tun.read_packets()
+            await read(tun)
 
     with opened_tun(host) as tun:
         run(main)
@@ -368,19 +427,19 @@ def test_packets_read_before_a_failure_are_returned_first(host: Host, monkeypatc
     async def main() -> None:
         for data in (b"one", b"two"):
             program_socket.sendto(data, (PEER, PORT))
-        assert [payload(packet) for packet in await tun.read_packets()] == [b"one", b"two"]
+        assert [payload(packet) for packet in await read(tun)] == [b"one", b"two"]
         with pytest.raises(TunGone):
-            await tun.read_packets()
+            await read(tun)
 
-    def read(descriptor: int, size: int) -> bytes:
+    def readv(descriptor: int, buffers: Sequence[Buffer]) -> int:
         try:
-            return kernel_read(descriptor, size)
+            return kernel_readv(descriptor, buffers)
         except BlockingIOError:
             raise OSError(errno.EBADFD, "deleted between two reads") from None
 
-    kernel_read = os.read
+    kernel_readv = os.readv
     with opened_tun(host) as tun, program(host) as program_socket:
-        monkeypatch.setattr(os, "read", read)
+        monkeypatch.setattr(os, "readv", readv)
         run(main)
 
 
@@ -388,7 +447,7 @@ def test_packets_read_before_a_failure_are_returned_first(host: Host, monkeypatc
 def test_any_other_failure_of_a_read_is_the_systems() -> None:
     async def main() -> None:
         with pytest.raises(SystemFailure, match=r"cannot read from eng0 \(EISDIR\)"):
-            await tun.read_packets()
+            await read(tun)
 
     with Tun(os.open("/", os.O_RDONLY), NAME) as tun:
         run(main)

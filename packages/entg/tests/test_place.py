@@ -8,6 +8,7 @@ from ipaddress import IPv4Interface, IPv6Interface
 import pytest
 from enlink.control import Hello, Role
 from enlink.frame import FrameDecoder, Packets, encode_packets
+from enlink.testing.frames import feed
 from enlink.testing.peers import ip_packet
 from entg.place import Identity, Place, identify_agent, identify_gateway
 from hypothesis import given
@@ -21,7 +22,7 @@ ENG_BOB = Identity(frozenset({"192.168.0.2"}), is_eng=True)
 
 
 def decoded(*packets: bytes) -> Packets:
-    (event,) = FrameDecoder().feed(encode_packets(packets))
+    (event,) = feed(FrameDecoder(), encode_packets(packets))
     assert isinstance(event, Packets)
     return event
 

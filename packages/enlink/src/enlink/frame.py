@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from enlink.control import ControlMessage, Hello, decode_message, encode_message
@@ -33,6 +33,9 @@ _MIN_IPV6_BYTES: Final = 40  # RFC 8200
 JUNK_LIMIT: Final = 64  # frames in a row that are neither packet nor message: this is no peer of ours
 FLOOD_LIMIT: Final = 1024  # frames a second that carry no packet: each costs us more than it costs the peer
 
+BUFFER_BYTES: Final = 192 * 1024  # of a link that is busy: two of the longest frames, and more
+_FIRST_BUFFER_BYTES: Final = 512  # for those who have said next to nothing
+
 _LENGTH = struct.Struct("!I")
 
 
@@ -41,7 +44,7 @@ class Packets:
     """One or more whole frames that carry IP packets, still encoded, in the order they came.
 
     Attributes:
-        encoded: the frames, headers included; views of the bytes that were fed.
+        encoded: the frames, headers included, where they were received: see who made this for how long it is good.
         count: how many frames that is.
     """
 
@@ -81,73 +84,69 @@ class Fault:
 Event = Packets | ControlMessage | Discarded | Fault
 
 
-@dataclass(slots=True)
 class FrameDecoder:
-    """Turns the bytes of one link into events. Feed it whatever arrives; it keeps at most one unfinished frame.
+    """Turns the bytes of one link into events. Receive into `space`, then `decode` what came.
 
-    A frame's length is judged from its header, before anything is allocated for it. Frames without a packet are
-    rationed: call `refill` once a second.
+    The bytes stay where they were received: packets are passed on from there, and an unfinished frame waits in front
+    of what comes next, so that a run of packets is always one piece. A frame's length is judged from its header; the
+    buffer grows with what really comes, up to `BUFFER_BYTES`. Frames without a packet are rationed: call `refill` once
+    a second.
     """
 
-    limit_bytes: int = LIMIT_BYTES
-    _partial: bytearray = field(default_factory=bytearray)
-    _junk_in_a_row: int = 0
-    _ration: int = FLOOD_LIMIT
-    _has_hello: bool = False
-    _is_broken: bool = False
+    def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._buffer = memoryview(bytearray(_FIRST_BUFFER_BYTES))
+        self._start = self._end = 0  # of the unfinished frame
+        self._junk_in_a_row = 0
+        self._ration = FLOOD_LIMIT
+        self._has_hello = False
+        self._is_broken = False
 
     @property
     def is_between_frames(self) -> bool:
         """No frame is unfinished: the stream may end here without having been cut."""
-        return not self._partial
+        return self._start == self._end
 
     def refill(self) -> None:
         """Allow `FLOOD_LIMIT` more frames without a packet: a second has passed."""
         self._ration = FLOOD_LIMIT
 
-    def feed(self, data: Buffer) -> list[Event]:
-        """Take the next bytes of the stream and return what they complete, in order.
+    def space(self) -> memoryview:
+        """Return where the next bytes of the stream are to be received: some room, and all of it may be used.
 
-        `Packets` refer to *data*: do not change it while they are in use. After a `Fault` everything is ignored.
+        What `decode` returned before is overwritten.
+        """
+        buffer, unfinished = self._buffer, self._buffer[self._start : self._end]
+        if self._end == len(buffer) < BUFFER_BYTES:
+            self._buffer = memoryview(bytearray(min(2 * len(buffer), BUFFER_BYTES)))
+        if self._start or buffer is not self._buffer:
+            self._buffer[: len(unfinished)] = unfinished
+            self._start, self._end = 0, len(unfinished)
+        return self._buffer[self._end :]
+
+    def decode(self, count: int) -> list[Event]:
+        """Take in the *count* bytes that were received into `space`, and return what they complete, in order.
+
+        `Packets` refer to the buffer: they are good until `space` is called again. After a `Fault` everything is
+        ignored.
         """
         events: list[Event] = []
         if self._is_broken:
             return events
-        view = memoryview(data)
-        start = self._finish_partial(view, events) if self._partial else 0
-        if not self._partial:
-            self._scan(view, start, events)
+        self._end += count
+        self._start = self._scan(self._buffer[: self._end], events)
         return events
 
-    def _finish_partial(self, view: memoryview, events: list[Event]) -> int:
-        """Complete the unfinished frame alone, so that the rest of *view* need no copy. Returns where to go on."""
-        partial, taken = self._partial, 0
-        if len(partial) < HEADER_BYTES:
-            taken = min(HEADER_BYTES - len(partial), len(view))
-            partial += view[:taken]
-            if len(partial) < HEADER_BYTES:
-                return taken
-        length: int = _LENGTH.unpack_from(partial)[0]
-        if length <= self.limit_bytes:
-            rest = min(HEADER_BYTES + length - len(partial), len(view) - taken)
-            partial += view[taken : taken + rest]
-            taken += rest
-            if len(partial) < HEADER_BYTES + length:
-                return taken
-        self._partial = bytearray()
-        self._scan(memoryview(partial), 0, events)
-        return len(view) if self._is_broken else taken
-
-    def _scan(self, view: memoryview, start: int, events: list[Event]) -> None:
-        """Append the events of every whole frame from *start* on, and keep what is left over."""
-        limit, end, unpack = self.limit_bytes, len(view), _LENGTH.unpack_from
-        run_start, run_count = start, 0
+    def _scan(self, view: memoryview, events: list[Event]) -> int:
+        """Append the events of every whole frame, and return where the unfinished one begins."""
+        limit, start, end, unpack = self._limit_bytes, 0, len(view), _LENGTH.unpack_from
+        run_start, run_count = 0, 0
         while end - start >= HEADER_BYTES:
             length: int = unpack(view, start)[0]
             if length > limit:
                 self._append_run(events, view[run_start:start], run_count)
                 self._break(events, "frame_len", f"announced a frame of {length} bytes, more than {limit}")
-                return
+                return end
             body, following = start + HEADER_BYTES, start + HEADER_BYTES + length
             if following > end:
                 break
@@ -157,11 +156,11 @@ class FrameDecoder:
             else:
                 self._append_run(events, view[run_start:start], run_count)
                 if not self._append_other(events, view[body:following], version):
-                    return
+                    return end
                 run_start, run_count = following, 0
             start = following
         self._append_run(events, view[run_start:start], run_count)
-        self._partial += view[start:]
+        return start
 
     def _append_run(self, events: list[Event], encoded: memoryview, count: int) -> None:
         if count:
@@ -201,6 +200,40 @@ class FrameDecoder:
     def _break(self, events: list[Event], reason: FaultReason, text: str) -> None:
         self._is_broken = True
         events.append(Fault(reason, text))
+
+
+class PacketBatch:
+    """Frames packets where they are received: each behind room for its header, so that none is copied to be sent."""
+
+    def __init__(self, size_bytes: int = 4 * (HEADER_BYTES + LIMIT_BYTES)) -> None:
+        self._buffer = memoryview(bytearray(size_bytes))
+        self._end = 0
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def has_room(self) -> bool:
+        """The longest packet would fit."""
+        return len(self._buffer) - self._end >= HEADER_BYTES + LIMIT_BYTES
+
+    def space(self) -> memoryview:
+        """Return where the next packet is to be received, as long as there is room."""
+        start = self._end + HEADER_BYTES
+        return self._buffer[start : start + LIMIT_BYTES]
+
+    def append(self, length: int) -> None:
+        """Frame the packet of *length* bytes that was received into `space`."""
+        _LENGTH.pack_into(self._buffer, self._end, length)
+        self._end += HEADER_BYTES + length
+        self._count += 1
+
+    def take(self) -> Packets:
+        """Return the packets, and begin anew: they are good until `space` is called again."""
+        packets = Packets(self._buffer[: self._end], self._count)
+        self._end = self._count = 0
+        return packets
 
 
 def encode_packets(packets: Iterable[Buffer]) -> bytes:

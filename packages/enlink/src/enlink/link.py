@@ -25,6 +25,7 @@ SILENCE_LIMIT_S: Final = 2 * KEEPALIVE_INTERVAL_S
 _WATCH_INTERVAL_S: Final = 1.0
 _FAREWELL_S: Final = 1.0
 _FLOOD_WINDOW_S: Final = 1.0
+_SCRATCH_BYTES: Final = 64 * 1024
 _ORIGINAL_HINT: Final = " (an original ENTA or ENTG needs --wire original)"
 
 
@@ -114,7 +115,7 @@ class Link:
         return event
 
     async def receive(self, take: Callable[[Packets], bool] | None = None) -> Packets:
-        """Wait for packets and return one run of them, in order.
+        """Wait for packets and return one run of them, in order. They are good until the next call.
 
         With *take*, runs that it returns True for are done with, and the first other one is returned. It must not
         block: it is called while no task runs, which makes this the fast way. See pump.py.
@@ -223,7 +224,8 @@ class Link:
             return
         if self._port.failure is None:
             # Closing with unread bytes would reset the connection, and the peer might never see our last words.
-            while await self._port.read(_is_not_the_end):
+            scratch = memoryview(bytearray(_SCRATCH_BYTES))  # another task may still use what was received before
+            while await self._port.read(lambda: scratch, lambda _: False):
                 await self._port.take_turn()
 
     async def _next_event(self) -> Packets | Hello:
@@ -281,7 +283,7 @@ class Link:
             # From here on to where it waits nothing else runs, so it never meets the reading of `aclose`.
             if self._is_closed:
                 raise LinkEnded("closed", "the link was closed here")
-            is_open = await self._port.read(self._digest)
+            is_open = await self._port.read(self._decoder.space, self._digest)
         except trio.ClosedResourceError as error:
             raise LinkEnded("closed", "the link was closed here") from error
         except EOFError as error:
@@ -299,15 +301,15 @@ class Link:
                 raise LinkEnded("truncated", "the connection ended without CLOSE")
             raise LinkEnded("eof", "the peer ended its side of the connection")
 
-    def _digest(self, data: Buffer) -> bool:
-        """Take in what was read. Returns whether it is dealt with: nothing is left for a task to look at."""
+    def _digest(self, count: int) -> bool:
+        """Take in what was received. Returns whether it is dealt with: nothing is left for a task to look at."""
         self._last_received = now = trio.current_time()
         if self._began_to_speak is None:
             self._began_to_speak = now
         if now - self._refilled_at >= _FLOOD_WINDOW_S:
             self._refilled_at = now
             self._decoder.refill()
-        events = self._decoder.feed(data)
+        events = self._decoder.decode(count)
         # Whoever speaks for the first time is a matter for tasks, and so is all that is not packets.
         if len(events) == 1 and self.speech != "silent" and not self._events:
             event = events[0]
@@ -356,11 +358,6 @@ def describe(hello: Hello | None) -> str:
 
 def _take_nothing(_: Packets) -> bool:
     """Leave every run of packets to the task that receives."""
-    return False
-
-
-def _is_not_the_end(_: bytes) -> bool:
-    """Take no notice of what a peer says after our farewell."""
     return False
 
 

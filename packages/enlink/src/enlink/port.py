@@ -13,13 +13,10 @@ from enlink.frame import Buffer
 from enlink.pump import current_pump, while_readable
 
 # Choices of ours.
-# A buffer of more than 128 KiB is mapped, faulted in and unmapped by malloc for each read, which costs ten times the
-# reading of a small packet. So the larger one is for when the smaller one was filled.
-READ_BYTES: Final = 64 * 1024
-BULK_READ_BYTES: Final = 256 * 1024
 _BURST: Final = 16  # operations that find the kernel ready before other tasks get their turn
 
-Digest = Callable[[bytes], bool]
+Space = Callable[[], memoryview]  # where to receive
+Digest = Callable[[int], bool]  # takes in so many bytes, which were received there
 
 
 class Port(Protocol):
@@ -39,8 +36,8 @@ class Port(Protocol):
     @property
     def has_unsent(self) -> bool: ...
     async def take_turn(self) -> None: ...
-    async def read(self, digest: Digest) -> bool:
-        """Read and *digest* until that returns False, or the stream has ended. Returns whether it goes on.
+    async def read(self, space: Space, digest: Digest) -> bool:
+        """Read into *space* and *digest* until that returns False, or the stream has ended. Returns whether it goes on.
 
         Raises:
             EOFError: what is below an encrypted stream has ended before it.
@@ -58,7 +55,7 @@ class Port(Protocol):
     def offer(self, data: Buffer, /) -> bool:
         """Take *data* without waiting, or return False; not to be called while there is `unsent`.
 
-        What the kernel has no room for follows as soon as it has, and before anything else.
+        What the kernel has no room for is copied, and follows as soon as it has, before anything else.
         """
 
     def close(self) -> None:
@@ -78,9 +75,10 @@ class StreamPort:
     async def take_turn(self) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
 
-    async def read(self, digest: Digest) -> bool:
-        while data := await self._stream.receive_some(READ_BYTES):
-            if not digest(bytes(data)):
+    async def read(self, space: Space, digest: Digest) -> bool:
+        while data := await self._stream.receive_some(len(room := space())):
+            room[: len(data)] = data
+            if not digest(len(data)):
                 return True
         return False
 
@@ -112,7 +110,6 @@ class SocketPort:
         self._socket = stream.socket
         self._unsent: Buffer = b""
         self._in_a_row = 0
-        self._read_bytes = READ_BYTES
 
     @property
     def has_unsent(self) -> bool:
@@ -124,19 +121,18 @@ class SocketPort:
             self._in_a_row = 0
             await trio.lowlevel.checkpoint()
 
-    async def read(self, digest: Digest) -> bool:
+    async def read(self, space: Space, digest: Digest) -> bool:
         descriptor = self._descriptor()
         is_open = True
 
         def step() -> bool:
             nonlocal is_open
             try:
-                data = os.read(descriptor, self._read_bytes)
+                count = os.readv(descriptor, [space()])
             except BlockingIOError:
                 return True
-            self._read_bytes = BULK_READ_BYTES if len(data) >= READ_BYTES else READ_BYTES
-            is_open = bool(data)
-            return is_open and digest(data)
+            is_open = bool(count)
+            return is_open and digest(count)
 
         await self._read_with(step)
         return is_open
@@ -157,8 +153,8 @@ class SocketPort:
                     await trio.lowlevel.wait_writable(self._socket)
 
     def offer(self, data: Buffer, /) -> bool:
-        self._unsent = self._write(self._seal(data))
-        if self._unsent:
+        if rest := self._write(self._seal(data)):
+            self._unsent = bytes(rest)  # *data* is of a buffer that will be used again
             current_pump().on_writable(self._descriptor(), self._write_unsent)
         return True
 

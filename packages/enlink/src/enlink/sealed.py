@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import trio
 
 from enlink.frame import Buffer
-from enlink.port import READ_BYTES, Digest, Port, SocketPort, StreamPort
+from enlink.port import Digest, Port, SocketPort, Space, StreamPort
+
+# Choices of ours.
+READ_BYTES: Final = 64 * 1024
 
 
 class Engine(Protocol):
@@ -40,16 +43,17 @@ class SealedPort(SocketPort):
         super().__init__(transport)
         self._engine = stream.engine
 
-    async def read(self, digest: Digest) -> bool:
+    async def read(self, space: Space, digest: Digest) -> bool:
         engine, descriptor = self._engine, self._descriptor()
         is_open = True
 
         def open_all() -> bool:
             """Digest what the engine has; returns whether it wants more."""
             nonlocal is_open
-            while (plain := engine.read(READ_BYTES)) is not None:
+            while (plain := engine.read(len(room := space()))) is not None:
                 is_open = bool(plain)
-                if not is_open or not digest(plain):
+                room[: len(plain)] = plain
+                if not is_open or not digest(len(plain)):
                     return False
             return True
 

@@ -37,7 +37,6 @@ T = TypeVar("T")
 
 # Choices of ours.
 TEAR_DOWN_LIMIT_S: Final = 5.0
-PACKETS_A_TURN: Final = 16  # of up to 64 KiB: more would only wait for one another
 # The kernel announces every change but those of legacy iptables, which are cheap to look for.
 CHECK_INTERVAL_S: Final = {"nftables": 10.0, "iptables": 0.5}
 
@@ -222,23 +221,17 @@ class Agent:
     async def _pump(self, tun: Tun) -> NoReturn:
         """Carry what local programs send, in order: device, filter, link."""
 
-        def take(packets: list[bytes]) -> bool:
-            packets[:] = self._admitted(packets)  # in place: what is not taken here is returned there
-            return not packets or self._uplink.send_at_once(packets)
+        judge, dropped, uplink = self._filter.judge_outbound, self._dropped, self._uplink
+
+        def admit(packet: memoryview) -> bool:
+            """Leave out, and count, what does not belong into the tunnel."""
+            reason = judge(packet)
+            if reason is not None:
+                dropped[reason] += 1
+            return reason is None
 
         while True:
-            await self._uplink.send(await tun.read_packets(PACKETS_A_TURN, take))
-
-    def _admitted(self, packets: list[bytes]) -> list[bytes]:
-        """Leave out, and count, what does not belong into the tunnel."""
-        judge, admitted = self._filter.judge_outbound, []
-        for packet in packets:
-            reason = judge(packet)
-            if reason is None:
-                admitted.append(packet)
-            else:
-                self._dropped[reason] += 1
-        return admitted
+            await uplink.send(await tun.read_packets(admit=admit, take=uplink.send_at_once))
 
     def _inject(self, packets: Packets) -> None:
         """Hand what the gateway sent to the kernel, as far as the plan allows it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, NoReturn
 
 import trio
@@ -41,10 +41,10 @@ class PacketQueue:
     def __len__(self) -> int:
         return len(self._packets)
 
-    def put(self, packets: Iterable[bytes]) -> int:
+    def put(self, packets: Packets) -> int:
         """Append packets and return how many old ones had to go."""
         for packet in packets:
-            self._packets.append(packet)
+            self._packets.append(bytes(packet))
             self.size_bytes += len(packet)
         dropped = 0
         while self.size_bytes > self._limit_bytes:
@@ -52,9 +52,9 @@ class PacketQueue:
             dropped += 1
         return dropped
 
-    def take_all(self) -> list[bytes]:
+    def take_all(self) -> Packets:
         """Empty the queue."""
-        packets = list(self._packets)
+        packets = Packets(memoryview(encode_packets(self._packets)), len(self._packets))
         self._packets.clear()
         self.size_bytes = 0
         return packets
@@ -123,24 +123,23 @@ class Uplink:
             return {}
         return {"attested": {"terms": str(self._attested), "peer": self._evidence if self._link else None}}
 
-    def send_at_once(self, packets: list[bytes]) -> bool:
+    def send_at_once(self, packets: Packets) -> bool:
         """Send packets, oldest first, if that can be done without waiting; else do nothing, and return False."""
         link = self._link
-        if link is None or len(self._queue) or not link.can_send_at_once:
+        if link is None or len(self._queue) or not link.send_at_once(packets.encoded):
             return False
-        encoded = encode_packets(packets)
-        if not link.send_at_once(encoded):
-            return False
-        self._sent["packets"] += len(packets)
-        self._sent["bytes"] += len(encoded)
+        self._note_sent(packets)
         return True
 
-    async def send(self, packets: list[bytes]) -> None:
+    async def send(self, packets: Packets) -> None:
         """Send packets, oldest first, waiting while the link has no room; without a link, queue them."""
-        if self._link is None:
+        link = self._link
+        if link is None:
             self._count_dropped("queue_full", self._queue.put(packets))
-        else:
-            await self._transmit(self._link, self._queue.take_all() + packets)
+            return
+        if len(self._queue):
+            await self._transmit(link, self._queue.take_all())
+        await self._transmit(link, packets)
 
     async def run(self) -> NoReturn:
         """Keep the link until cancelled, and close it in good order then.
@@ -216,15 +215,17 @@ class Uplink:
         self._deliver(packets)
         return True
 
-    async def _transmit(self, link: Link, packets: list[bytes]) -> None:
-        encoded = encode_packets(packets)
+    async def _transmit(self, link: Link, packets: Packets) -> None:
         try:
-            await link.send(encoded)
+            await link.send(packets.encoded)
         except LinkEnded:
-            self._count_dropped("link_ended", len(packets))
-            return
-        self._sent["packets"] += len(packets)
-        self._sent["bytes"] += len(encoded)
+            self._count_dropped("link_ended", packets.count)
+        else:
+            self._note_sent(packets)
+
+    def _note_sent(self, packets: Packets) -> None:
+        self._sent["packets"] += packets.count
+        self._sent["bytes"] += len(packets.encoded)
 
     def _set_link(self, link: Link | None) -> None:
         self._link = link

@@ -14,6 +14,7 @@ import trio
 
 from enlink.control import ControlMessage, Hello
 from enlink.frame import Event, FrameDecoder, Packets, encode_control, encode_packets
+from enlink.testing.frames import feed
 from enlink.testing.hosts import Host
 
 
@@ -98,7 +99,7 @@ class Peer:
             data = await self.stream.receive_some(256 * 1024)
             if not data:
                 return None
-            for event in self._decoder.feed(data):
+            for event in feed(self._decoder, data):
                 self._events.extend(map(bytes, event) if isinstance(event, Packets) else (event,))
         return self._events.popleft()
 
