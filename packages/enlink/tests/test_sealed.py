@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import trio
+from enlink.frame import Buffer
 from enlink.port import Port, SocketPort, StreamPort
 from enlink.sealed import SealedPort, port_of
 from enlink.testing.streams import tcp_stream_pair
@@ -29,11 +30,11 @@ class ToyEngine:
     def is_starved(self) -> bool:
         return not self.plain and not self.has_goodbye
 
-    def feed(self, ciphertext: bytes, /) -> None:
+    def feed(self, ciphertext: Buffer, /) -> None:
         self.is_at_end = not ciphertext
         self.arrived += ciphertext
 
-    def read(self, limit_bytes: int, /) -> bytes | None:
+    def read(self, room: memoryview, /) -> int | None:
         while len(self.arrived) >= 2:
             length = int.from_bytes(self.arrived[:2], "big")
             if len(self.arrived) < 2 + length:
@@ -42,20 +43,21 @@ class ToyEngine:
             self.has_goodbye = self.has_goodbye or not length
             del self.arrived[: 2 + length]
         if self.plain:
-            data = bytes(self.plain[:limit_bytes])
-            del self.plain[:limit_bytes]
-            return data
+            count = min(len(self.plain), len(room))
+            room[:count] = self.plain[:count]
+            del self.plain[:count]
+            return count
         if self.has_goodbye:
-            return b""
+            return 0
         if self.is_at_end or self.is_broken:
             raise trio.BrokenResourceError("no goodbye")
         return None
 
-    def write(self, data: bytes, /) -> None:
+    def write(self, data: Buffer, /) -> None:
         if self.is_broken:
             raise trio.BrokenResourceError("over")
         for start in range(0, len(data), 1000):
-            record = data[start : start + 1000][::-1]
+            record = bytes(data[start : start + 1000])[::-1]
             self.sealed += len(record).to_bytes(2, "big") + record
 
     def take(self) -> bytes:

@@ -112,14 +112,28 @@ def opened(fake: FakeLibrary) -> Session:
     return session
 
 
+def receive(session: Session, limit: int = 1, room_bytes: int = 32_768) -> bytes:
+    room = memoryview(bytearray(room_bytes))
+    return bytes(room[: session.receive(room, limit)])
+
+
 def test_bytes_go_through_an_open_session(fake: FakeLibrary) -> None:
     """In pieces of at most a record."""
     session = opened(fake)
     assert session.is_open
     assert session.evidence == Evidence("unknown")
     assert session.transmit(b"x" * 20_000)
-    assert [len(session.receive()) for _ in range(2)] == [16_384, 3_616]
-    assert (session.receive(), session.errno) == (b"", errno.EAGAIN)
+    assert [len(receive(session)) for _ in range(2)] == [16_384, 3_616]
+    assert (receive(session), session.errno) == (b"", errno.EAGAIN)
+
+
+def test_several_pieces_are_received_at_once(fake: FakeLibrary) -> None:
+    """As many as are wanted, as there is room for, or as there are, of which errno tells."""
+    session = opened(fake)
+    assert session.transmit(b"x" * 80_000)
+    assert (len(receive(session, 2, 100_000)), session.errno) == (32_768, 0)
+    assert (len(receive(session, 9, 20_000)), session.errno) == (20_000, 0)
+    assert (len(receive(session, 9, 100_000)), session.errno) == (27_232, errno.EAGAIN)
 
 
 def test_a_missing_plug_in_never_reaches_the_library(fake: FakeLibrary) -> None:
@@ -238,14 +252,14 @@ def test_sending_is_repeated_with_the_same_bytes(fake: FakeLibrary) -> None:
     assert (session.transmit(data), session.errno) == (False, errno.EINTR)
     assert session.transmit(data)
     assert session.transmit(b" and whole")
-    assert session.receive() == b"half-sent and whole"
+    assert receive(session) == b"half-sent and whole"
 
 
 def test_no_bytes_are_sent_without_the_library(fake: FakeLibrary) -> None:
     """It would call them an error."""
     session = opened(fake)
     assert session.transmit(b"")
-    assert session.receive() == b""
+    assert receive(session) == b""
 
 
 def test_too_many_bytes_at_once_are_refused(fake: FakeLibrary) -> None:
@@ -262,14 +276,14 @@ def test_calls_out_of_order_never_reach_the_library(fake: FakeLibrary) -> None:
     with pytest.raises(RuntimeError, match="has no handle yet"):
         session.negotiate(0)
     session.init()
-    for call in (session.init, session.receive, lambda: session.transmit(b"x")):
+    for call in (session.init, lambda: receive(session), lambda: session.transmit(b"x")):
         with pytest.raises(RuntimeError, match="has negotiated nothing yet"):
             call()
     session.negotiate(0)
     with pytest.raises(RuntimeError, match="is open"):
         session.negotiate(0)
     session.cleanup()
-    for call in (session.init, session.receive, lambda: session.transmit(b"x")):
+    for call in (session.init, lambda: receive(session), lambda: session.transmit(b"x")):
         with pytest.raises(RuntimeError, match="is cleaned up"):
             call()
 
@@ -320,7 +334,7 @@ def test_a_second_thread_is_kept_out(fake: FakeLibrary) -> None:
     session, refusals = session_of(fake), []
 
     def intrude() -> None:
-        for call in (session.cleanup, session.receive, lambda: session.negotiate(0), session.init):
+        for call in (session.cleanup, lambda: receive(session), lambda: session.negotiate(0), session.init):
             with pytest.raises(RuntimeError, match="two threads use one RATS-TLS session at once"):
                 call()
             refusals.append(call)

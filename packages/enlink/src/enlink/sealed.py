@@ -11,7 +11,7 @@ from enlink.frame import Buffer
 from enlink.port import Digest, Port, SocketPort, Space, StreamPort
 
 # Choices of ours.
-READ_BYTES: Final = 64 * 1024
+BATCH_BYTES: Final = 132 * 1024  # of plain or ciphertext at a time: two of the longest frames
 
 
 class Engine(Protocol):
@@ -19,9 +19,9 @@ class Engine(Protocol):
 
     @property
     def is_starved(self) -> bool: ...
-    def feed(self, ciphertext: bytes, /) -> None: ...
-    def read(self, limit_bytes: int, /) -> bytes | None: ...
-    def write(self, data: bytes, /) -> None: ...
+    def feed(self, ciphertext: Buffer, /) -> None: ...
+    def read(self, room: memoryview, /) -> int | None: ...
+    def write(self, data: Buffer, /) -> None: ...
     def take(self) -> bytes: ...
 
 
@@ -42,6 +42,7 @@ class SealedPort(SocketPort):
     def __init__(self, stream: Sealed, transport: trio.SocketStream) -> None:
         super().__init__(transport)
         self._engine = stream.engine
+        self._room = memoryview(bytearray(BATCH_BYTES))
 
     async def read(self, space: Space, digest: Digest) -> bool:
         engine, descriptor = self._engine, self._descriptor()
@@ -50,16 +51,15 @@ class SealedPort(SocketPort):
         def open_all() -> bool:
             """Digest what the engine has; returns whether it wants more."""
             nonlocal is_open
-            while (plain := engine.read(len(room := space()))) is not None:
-                is_open = bool(plain)
-                room[: len(plain)] = plain
-                if not is_open or not digest(len(plain)):
+            while (count := engine.read(space())) is not None:
+                is_open = bool(count)
+                if not is_open or not digest(count):
                     return False
             return True
 
         def step() -> bool:
             try:
-                data = os.read(descriptor, READ_BYTES)
+                data = self._room[: os.readv(descriptor, (self._room,))]
             except BlockingIOError:
                 return True
             engine.feed(data)
@@ -78,8 +78,8 @@ class SealedPort(SocketPort):
     def _seal(self, data: Buffer) -> Buffer:
         view = memoryview(data)
         try:
-            for start in range(0, len(view), READ_BYTES):
-                self._engine.write(bytes(view[start : start + READ_BYTES]))
+            for start in range(0, len(view), BATCH_BYTES):
+                self._engine.write(view[start : start + BATCH_BYTES])
         except trio.BrokenResourceError as error:
             self.failure = error
             raise

@@ -19,13 +19,13 @@ import struct
 import termios
 from typing import Final
 
-from ratstls._session import STARVED, Session
+from ratstls._session import STARVED, Buffer, Session
 from ratstls.errors import SessionBroken, Truncated
 
 # RFC 8446, 5.2: of a record on the wire. The pieces that send_all cuts arrive as four of them.
 CIPHERTEXT_BYTES: Final = 4 * ((1 << 14) + 256)
 # Ours.
-_BATCH_BYTES: Final = 1 << 16
+_PIECES: Final = 256  # that are read at a time, be they as small as they may
 
 
 class Engine:
@@ -47,7 +47,7 @@ class Engine:
         self.ours.setblocking(False)
         self._arrived = bytearray()
         self._collected: list[bytes] = []
-        self._plain = bytearray()
+        self._is_starved = False
         self._is_at_end = False
         self._is_freed = False
         self._ending: Truncated | SessionBroken | None = None
@@ -63,11 +63,14 @@ class Engine:
 
     # Between the network and the library.
 
-    def feed(self, ciphertext: bytes) -> None:
+    def feed(self, ciphertext: Buffer) -> None:
         """Take in what came from the network; b"" is its end."""
         self._is_at_end = not ciphertext
-        self._arrived += ciphertext
+        self._is_starved = False
         self.push()
+        if ciphertext:
+            taken = 0 if self._arrived else self._hand_over(ciphertext)
+            self._arrived += memoryview(ciphertext)[taken:]
 
     @property
     def has_unfed(self) -> bool:
@@ -77,11 +80,13 @@ class Engine:
     def push(self) -> None:
         """Hand to the library as much as there is room for."""
         if self._arrived:
-            try:
-                sent = self.ours.send(self._arrived)
-            except BlockingIOError:
-                return
-            del self._arrived[:sent]
+            del self._arrived[: self._hand_over(self._arrived)]
+
+    def _hand_over(self, ciphertext: Buffer) -> int:
+        try:
+            return self.ours.send(ciphertext)
+        except BlockingIOError:
+            return 0
 
     @property
     def has_unread(self) -> bool:
@@ -121,39 +126,32 @@ class Engine:
     @property
     def is_starved(self) -> bool:
         """`read` has nothing to give until more is fed."""
-        return not (self._plain or self._arrived or self._ending or self._has_ended_well)
+        return self._is_starved and not self._is_over
 
-    def read(self, limit_bytes: int) -> bytes | None:
-        """Return what the peer sent: 1 to *limit_bytes*, b"" after its goodbye, None if more must be fed first.
+    @property
+    def _is_over(self) -> bool:
+        return self._ending is not None or self._has_ended_well
+
+    def read(self, room: memoryview) -> int | None:
+        """Put what the peer sent into *room* and return how many bytes; 0 after its goodbye, None: feed more first.
 
         Raises:
             SessionBroken: damaged bytes arrived, or the peer reported a fatal error; all before that was returned.
             Truncated: the network ended first.
         """
-        pieces, count = [], len(self._plain)
-        while count < _BATCH_BYTES and self._ending is None and not self._has_ended_well:
+        while not (self._is_starved or self._is_over):
             self.push()
-            piece = self._receive()
-            if piece:
-                pieces.append(piece)
-                count += len(piece)
-            elif not self._arrived:
-                if self._is_at_end and not self._has_ended_well:
-                    self.end(Truncated("the connection ended without the peer's goodbye: bytes may be missing"))
-                break
-        if not self._plain and count <= limit_bytes:
-            data = b"".join(pieces)
-        else:
-            self._plain += b"".join(pieces)
-            data = bytes(self._plain[:limit_bytes])
-            del self._plain[:limit_bytes]
-        if data or self._has_ended_well:
-            return data
+            count = self._receive(room)
+            self._is_starved = self.session.errno in STARVED and not self._arrived
+            if count:
+                return count
+        if self._is_at_end and not self._is_over:
+            self.end(Truncated("the connection ended without the peer's goodbye: bytes may be missing"))
         if self._ending is not None:
             raise type(self._ending)(str(self._ending)) from self._ending.__cause__
-        return None
+        return 0 if self._has_ended_well else None
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Buffer) -> None:
         """Encrypt all of *data*; what is to be sent for it is collected.
 
         Raises:
@@ -183,22 +181,22 @@ class Engine:
         self._theirs.close()
         return count
 
-    def _receive(self) -> bytes:
-        """Return the next piece; b"" if there is none, which is for good if the session has an ending then."""
+    def _receive(self, room: memoryview) -> int:
+        """Return how many bytes there are; 0 if there are none, which is for good if the session has an ending then."""
         for _ in range(2):  # an errno that an earlier call left behind is gone the second time
-            if piece := self.session.receive():
-                return piece
+            if count := self.session.receive(room, _PIECES):
+                return count
             if self.session.errno in STARVED:
-                return b""
+                return 0
             if self.has_hung_up:
                 self.end(Truncated("the connection ended with the handshake, without the peer's goodbye"))
-                return b""
+                return 0
             if self.collect():  # the library has told the peer what is wrong with its bytes
                 self.end(SessionBroken("damaged or forged bytes arrived: nothing after them was delivered"))
-                return b""
+                return 0
         # The peer ended the session. It is answered with a goodbye only if it said one.
         if self.free():
             self._has_ended_well = True
         else:
             self.end(SessionBroken("the peer reported a fatal error: bytes of ours may not have reached it whole"))
-        return b""
+        return 0

@@ -24,6 +24,7 @@ from ratstls.errors import AttestationRejected, error_from
 from ratstls.evidence import Evidence
 from ratstls.verdict import Verdict
 
+Buffer = bytes | bytearray | memoryview
 _logger = logging.getLogger(__name__)
 RECEIVE_BYTES = 16_384  # a TLS record, and the library never delivers more than one
 TRANSMIT_LIMIT_BYTES = 1 << 24  # ours; the library casts the size to a C int
@@ -64,9 +65,8 @@ class Session:
         self._state = _State.NEW
         self._inside = threading.Lock()
         self._handle = ffi.new("rats_tls_handle *")
-        self._buffer = ffi.new("char[]", RECEIVE_BYTES)
         self._size = ffi.new("size_t *")
-        self._half_sent: tuple[bytes, CData] | None = None
+        self._half_sent: tuple[Buffer, CData] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -121,24 +121,31 @@ class Session:
         finally:
             self._inside.release()
 
-    def receive(self) -> bytes:
-        """Return the next 1 to 16,384 bytes, or b"" if there are none, with the reason in ``errno``.
+    def receive(self, room: memoryview, limit: int = 1) -> int:
+        """Put up to *limit* pieces, of up to 16,384 bytes each, into *room*, and return how many bytes they have.
 
-        An ``errno`` in ``STARVED`` means: later. Any other means that the session ended, well or badly; the library
-        does not tell which. Blocks if the descriptor does.
+        Fewer pieces leave the reason in ``errno``, none at all included. One in ``STARVED`` means: later. Any other
+        means that the session ended, well or badly; the library does not tell which. Blocks if the descriptor does.
         """
         self._enter(_State.OPEN)
         try:
-            self._size[0] = RECEIVE_BYTES
-            ffi.errno = 0
-            if self._lib.rats_tls_receive(self._handle[0], self._buffer, self._size) == 0:
-                return bytes(ffi.buffer(self._buffer, self._size[0]))
-            self.errno = ffi.errno
-            return b""
+            receive, handle, size = self._lib.rats_tls_receive, self._handle[0], self._size
+            at, left = ffi.from_buffer(room), len(room)
+            self.errno = ffi.errno = 0
+            while limit and left:
+                limit -= 1
+                size[0] = min(RECEIVE_BYTES, left)
+                if receive(handle, at, size):
+                    self.errno = ffi.errno
+                    break
+                received = size[0]
+                at += received
+                left -= received
+            return len(room) - left
         finally:
             self._inside.release()
 
-    def transmit(self, data: bytes) -> bool:
+    def transmit(self, data: Buffer) -> bool:
         """Send all of *data* and return True, or return False with the reason in ``errno``.
 
         After an ``errno`` in ``STARVED`` some of it is on its way: call again with the same object until it is sent.

@@ -47,6 +47,7 @@ class RatsTlsStream(trio.abc.Stream):
         self.expires_at = began_at + max_age_s
         self._began_at = began_at
         self.engine = engine
+        self._room = memoryview(b"")  # as much as was ever asked for
         self._is_closed = False
         # Part of a record may be on its way: whatever followed would be taken for the rest of it.
         self._is_cut = False
@@ -76,15 +77,12 @@ class RatsTlsStream(trio.abc.Stream):
             if self._is_cut:
                 raise trio.BrokenResourceError("an earlier send was interrupted: make a new link")
             self._is_cut = True
-            if isinstance(data, bytes) and len(data) <= PIECE_BYTES:
-                await self._send_piece(data)
-            else:
-                view = memoryview(data).cast("B")
-                for start in range(0, len(view), PIECE_BYTES):
-                    await self._send_piece(bytes(view[start : start + PIECE_BYTES]))
+            view = memoryview(data).cast("B")
+            for start in range(0, len(view), PIECE_BYTES):
+                await self._send_piece(view[start : start + PIECE_BYTES])
             self._is_cut = False
 
-    async def _send_piece(self, piece: bytes) -> None:
+    async def _send_piece(self, piece: memoryview) -> None:
         self.engine.write(piece)
         await self.transport.send_all(self.engine.take())
         self._check_open()
@@ -106,12 +104,15 @@ class RatsTlsStream(trio.abc.Stream):
         Cancellation loses nothing.
         """
         limit_bytes = _limit(max_bytes)
+        if len(self._room) < limit_bytes:
+            self._room = memoryview(bytearray(limit_bytes))
+        room = self._room[:limit_bytes]
         with self._receiving:
             self._check_open()
             if not self.engine.is_starved:
                 await trio.lowlevel.checkpoint()
                 self._check_open()
-            while (data := self.engine.read(limit_bytes)) is None:
+            while (count := self.engine.read(room)) is None:
                 try:
                     ciphertext = await self.transport.receive_some(CIPHERTEXT_BYTES)
                 except trio.BrokenResourceError as error:
@@ -121,8 +122,8 @@ class RatsTlsStream(trio.abc.Stream):
                     self.engine.end(truncated)
                 else:
                     self._check_open()
-                    self.engine.feed(bytes(ciphertext))
-            return data
+                    self.engine.feed(ciphertext)
+            return bytes(room[:count])
 
     async def aclose(self) -> None:
         """Say goodbye, close the transport and free the session. Takes `FAREWELL_S` at most.
@@ -158,7 +159,7 @@ def _limit(max_bytes: int | None) -> int:
         raise TypeError(f"max_bytes must be a whole number, not {max_bytes!r}")
     if max_bytes < 1:
         raise ValueError(f"max_bytes must be 1 or more, not {max_bytes}")
-    return max_bytes
+    return min(max_bytes, PIECE_BYTES)
 
 
 class _OneTask:
