@@ -73,7 +73,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure the path beside the direct one, and the relay beside its peers; `./dev bench relay` only the latter."""
+    """Measure path and relay beside their peers; `./dev bench path --quick` less. --record keeps it, --check compares."""
     session.run("python", "-m", "bench", *session.posargs)
 
 

@@ -1,36 +1,73 @@
-"""``./dev bench [path|streams|relay|half-close] [--quick]``: each part beside what it compares with."""
+"""``./dev bench [TOPIC ...] [--quick] [--record] [--check]``: each topic beside what it compares with.
+
+Prints a page and, as the last line of each topic, its figures as JSON. Exits with 1 if --check finds something slower.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from pathlib import Path
+from typing import Final
 
-from bench import four_hosts, half_close, relays, streams
+from enlink.errors import EngError
+
+from bench import half_close
+from bench.page import as_markdown
+from bench.record import Record
+from bench.regression import regressions
+from bench.topics import TOPICS, Topic
+
+RECORDS: Final = Path(__file__).parents[1] / "docs" / "benchmarks"
 
 
 def main() -> int:
-    """Measure one part, or both; each prints a table and, as its last line, JSON."""
+    """Measure the topics that the command line names, or all but the last."""
     parser = argparse.ArgumentParser("bench", description=__doc__)
-    parser.add_argument(
-        "part", nargs="?", choices=("path", "streams", "relay", "half-close"), help="measure this one only"
-    )
-    parser.add_argument("--quick", action="store_true", help="one short round of each, under a minute")
-    parser.add_argument("--rounds", type=int, default=None)
-    parser.add_argument("--seconds", type=float, default=None, help="for each figure of the relay")
+    parser.add_argument("topics", nargs="*", metavar="topic", help=", ".join([*TOPICS, "half-close"]))
+    parser.add_argument("--quick", action="store_true", help="one short round: under a minute for the path")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--seconds", type=float, help="for each figure")
+    for option, what in (
+        ("--record", "write a page, a picture and JSON of each topic to docs/benchmarks"),
+        ("--check", "compare ratios with what is recorded there"),
+    ):
+        parser.add_argument(option, nargs="?", type=Path, const=RECORDS, metavar="DIRECTORY", help=what)
     options = parser.parse_args()
-    if options.part == "half-close":
-        half_close.run()
-        return 0
-    if options.part in (None, "path"):
-        four_hosts.run(rounds=1 if options.quick else options.rounds or 5, seconds=1.0 if options.quick else 3.0)
-    if options.part in (None, "streams"):
-        streams.run(rounds=1 if options.quick else options.rounds or 5, seconds=0.3 if options.quick else 1.0)
-    if options.part in (None, "relay"):
-        size = relays.QUICK if options.quick else relays.FULL
-        size = replace(size, rounds=options.rounds or size.rounds, seconds=options.seconds or size.seconds)
-        relays.run(size)
-    return 0
+    if unknown := set(options.topics) - {*TOPICS, "half-close"}:
+        parser.error(f"no such topic: {', '.join(sorted(unknown))}")
+    try:
+        # Before minutes of measuring.
+        recorded = {name: Record.load(options.check, name) for name in _chosen(options.topics) if options.check}
+        slower = []
+        for name in _chosen(options.topics):
+            record = _measure(name, TOPICS[name], options)
+            if name in recorded:
+                slower += [f"{name}: {each}" for each in regressions(recorded[name], record)]
+        if "half-close" in options.topics:
+            half_close.run()
+    except EngError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return error.exit_code
+    for each in slower:
+        print(f"SLOWER {each}", file=sys.stderr)
+    return 1 if slower else 0
+
+
+def _chosen(topics: list[str]) -> list[str]:
+    return [name for name in TOPICS if name in topics or not topics]
+
+
+def _measure(name: str, topic: Topic, options: argparse.Namespace) -> Record:
+    rounds, seconds = topic.quick if options.quick else topic.full
+    record = topic.measure(rounds=options.rounds or rounds, seconds=options.seconds or seconds)
+    print(as_markdown(record, topic.title, None))
+    print(record.as_json(), flush=True)
+    if options.record:
+        record.save(options.record)
+        (options.record / f"{name}.md").write_text(as_markdown(record, topic.title, f"{name}.svg"))
+        (options.record / f"{name}.svg").write_text(topic.draw(record, topic.title))
+    return record
 
 
 if __name__ == "__main__":

@@ -60,6 +60,12 @@ def memory_bytes(pid: int) -> int:
     return total
 
 
+def peak_resident_bytes(pid: int) -> int:
+    """The most memory that a process, without its descendants, has ever had in use. What it shares counts fully."""
+    lines = (_PROC / str(pid) / "status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """A moment, for the share of the machine that others took since another one."""

@@ -1,4 +1,4 @@
-"""The benchmark of the relay takes every figure of every peer that there is, and names those that are not."""
+"""The benchmarks' command line. The relay's takes every figure of every peer that there is, and names the others."""
 
 from __future__ import annotations
 
@@ -19,15 +19,24 @@ FIGURES = {
 }
 
 
-def measure(path: str) -> tuple[list[str], dict[str, Any]]:
+def measure(path: str, *options: str, exit_code: int = 0) -> tuple[list[str], dict[str, Any]]:
     """Run it as small as can be, with this search path; returns its lines, and the JSON in the last."""
-    argv = [sys.executable, "-m", "bench", "relay", "--rounds", "1", "--seconds", "0.01"]
+    argv = [sys.executable, "-m", "bench", "relay", "--rounds", "1", "--seconds", "0.01", *options]
     done = subprocess.run(
         argv, cwd=ROOT, env={"PATH": path}, capture_output=True, text=True, timeout=FAR_BEYOND_S, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == exit_code, done.stderr
     lines = done.stdout.splitlines()
     return lines, json.loads(lines[-1])
+
+
+def without_peers(directory: Path) -> str:
+    """A search path with nothing but what the benchmark itself runs."""
+    for tool in ("ip", "sysctl", "ss"):
+        found = shutil.which(tool)
+        assert found
+        (directory / tool).symlink_to(found)
+    return str(directory)
 
 
 def test_every_figure_is_taken_of_every_peer_that_is_installed() -> None:
@@ -49,17 +58,31 @@ def test_every_figure_is_taken_of_every_peer_that_is_installed() -> None:
     assert all(0 <= share <= 1 for share in document["foreign"])
 
 
+def test_what_is_recorded_is_what_a_later_run_is_compared_with(tmp_path: Path) -> None:
+    """A page, a picture and figures are written; a relay that once was faster by far, in every figure, is missed."""
+    path, records = without_peers(tmp_path), tmp_path / "records"
+    _, document = measure(path, "--record", str(records))
+    assert {each.name for each in records.iterdir()} == {"relay.json", "relay.md", "relay.svg"}
+    saved = records / "relay.json"
+    assert json.loads(saved.read_text()) == document
+    document["results"]["relay"]["per_s"][0] *= 1e6
+    saved.write_text(json.dumps(document))
+    measure(path, "--check", str(records), exit_code=1)
+
+
+def test_nothing_is_measured_if_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "bench", "path", "--check", str(tmp_path)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=FAR_BEYOND_S, check=False)
+    assert (done.returncode, done.stdout) == (69, "")
+    assert done.stderr.startswith(f"bench: cannot read {tmp_path}/path.json (")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
-    for tool in ("ip", "sysctl", "ss"):
-        found = shutil.which(tool)
-        assert found
-        (tmp_path / tool).symlink_to(found)
-    lines, document = measure(str(tmp_path))
+    lines, document = measure(without_peers(tmp_path))
     assert set(document["results"]) == {"direct", "relay"}
     assert document["missing"] == ["haproxy", "socat"]
-    assert [line for line in lines if "not installed" in line] == [
-        f"{name} is not installed and left out: apt-get install {name}" for name in ("haproxy", "socat")
-    ]
+    assert "Left out, since not installed: haproxy, socat." in lines
 
 
 @pytest.mark.parametrize("words", [["relais"], ["relay", "--rounds", "many"]])

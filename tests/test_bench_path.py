@@ -1,0 +1,85 @@
+"""The benchmarks of the four-host path run on real hosts, and take every figure that their pages promise."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import pytest
+
+from bench import growth, network, path
+from bench.courses import KINDS, PORT
+from bench.record import Record
+
+SECONDS = 0.02  # as little as can be
+OF_PROGRAMS = ("cpu", "peak_memory")
+
+
+def assert_complete(record: Record, names: tuple[str, ...], figures: set[str]) -> None:
+    """Every figure of every column, and of the direct one all that are not of programs."""
+    assert tuple(record.results) == names
+    for name, column in record.results.items():
+        expected = {figure for figure in figures if name != "direct" or not figure.startswith(OF_PROGRAMS)}
+        assert set(column) == expected, name
+        for figure, values in column.items():
+            assert len(values) == record.rounds
+            # What is measured in so short a time may cost too little to be seen.
+            assert all(value > 0 or figure.startswith(("cpu", "lost")) for value in values), (name, figure)
+    assert record.foreign
+    assert record.missing == []
+
+
+def test_the_path_is_measured_beside_the_direct_one() -> None:
+    """1,000 connections at once included, of which none is lost."""
+    names = ("eng", "direct")
+    record = path.measure(rounds=1, seconds=SECONDS, names=names)
+    speeds = {"up_mbit_s", "down_mbit_s", "up_mbit_s, 8 streams", "connections_per_s"}
+    times = {"round_trip_p50_us", "round_trip_p99_us", "loaded_round_trip_p50_us", "crowd_p50_us", "crowd_p99_us"}
+    costs = {"cpu_s_per_gb", "cpu_us_per_connection", "peak_memory_mib", "lost_of_1000"}
+    assert_complete(record, names, speeds | times | costs)
+    assert record.results["eng"]["lost_of_1000"] == [0]
+    assert record.goals["1,000 connections at once, lost: none"][1]
+    assert not any("socat" in goal for goal in record.goals)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.missing() and name != "eng"])
+def test_every_peer_that_is_installed_carries_the_load(name: str) -> None:
+    """Both ways, and each has programs whose processor time and memory are seen; nothing has none."""
+    with KINDS[name].open() as course:
+        assert course.load("up", SECONDS)["mbit_s"] > 0
+        assert course.load("down", SECONDS)["mbit_s"] > 0
+        assert course.load("crowd", SECONDS, 5)["lost"] == 0
+        is_seen = course.cpu_s() > 0, course.peak_memory_bytes() > 0
+        assert is_seen == (name != "direct", name != "direct")
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.courses.shutil.which", lambda name: None if name == "socat" else f"/usr/bin/{name}")
+    measured = growth.measure(rounds=0, seconds=SECONDS, names=("4 socat", "direct"))
+    assert measured.missing == ["socat"]
+    assert list(measured.results) == ["direct"]
+
+
+@pytest.mark.parametrize(
+    ("measure", "steps"),
+    [
+        (growth.measure, ["up_mbit_s, 64 bytes a write", "cpu_s_per_gb, 8 streams", "echo_p99_us, 1000 connections"]),
+        (network.measure, ["up_mbit_s, 10 ms one way, 1 % lost", "p50_ms, 0 ms one way, 0.1 % lost"]),
+    ],
+)
+def test_every_step_is_taken(measure: Callable[..., Record], steps: list[str]) -> None:
+    record = measure(rounds=1, seconds=SECONDS, names=("eng", "direct"))
+    assert set(steps) <= set(record.results["eng"])
+    assert_complete(record, ("eng", "direct"), set(record.figures()))
+
+
+def test_the_slow_wire_takes_its_time_and_loses_what_it_is_to() -> None:
+    """A round trip takes twice the delay of one way; when everything is lost, nobody answers."""
+    with KINDS["direct"].open(network.slow_wire(30)) as course:
+        assert course.load("round_trips", SECONDS)["p50_us"] >= 60_000
+        network.lose(course.hosts["far"], 1000)
+        with course.hosts["app"].entered(), pytest.raises(TimeoutError):
+            socket.create_connection((course.address, int(PORT)), timeout=0.5)
+        network.lose(course.hosts["far"], 0)
+        with course.hosts["app"].entered():
+            socket.create_connection((course.address, int(PORT)), timeout=40).close()
