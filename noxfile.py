@@ -73,7 +73,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure path and relay beside their peers; `./dev bench path --quick` less. --record keeps it, --check compares."""
+    """Measure all beside its peers, or what is named; --quick for less, --record to keep it, --check to compare."""
     session.run("python", "-m", "bench", *session.posargs)
 
 
