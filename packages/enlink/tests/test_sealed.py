@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import trio
 from enlink.frame import Buffer
 from enlink.port import Port, SocketPort, StreamPort
 from enlink.sealed import SealedPort, port_of
-from enlink.testing.streams import tcp_stream_pair
+from enlink.testing.streams import reset, tcp_stream_pair
 from trio.testing import lockstep_stream_pair, trio_test
 
 DEADLINE_S = 50
 MORE_THAN_FITS = bytes(range(256)) * 16_384  # 4 MiB
+INLET_BYTES = 16_384  # less than what is moved at a time
 
 
 class ToyEngine:
     """Encryption as an engine sees it: records of a length and bytes that are turned round; an empty one is goodbye."""
 
     def __init__(self) -> None:
+        self._inlet, self._moved = socket.socketpair()
+        self._inlet.setblocking(False)
+        self._moved.setblocking(False)
+        self._inlet.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, INLET_BYTES)
+        self.was_fed = self.was_moved = False
         self.arrived = bytearray()
         self.plain = bytearray()
         self.sealed = bytearray()
@@ -30,11 +40,30 @@ class ToyEngine:
     def is_starved(self) -> bool:
         return not self.plain and not self.has_goodbye
 
+    @property
+    def inlet(self) -> int:
+        return self._inlet.fileno()
+
+    def note_moved(self) -> None:
+        self.was_moved = True
+
     def feed(self, ciphertext: Buffer, /) -> None:
+        self._take_what_was_moved()
+        self.was_fed = True
         self.is_at_end = not ciphertext
         self.arrived += ciphertext
 
+    def _take_what_was_moved(self) -> None:
+        with suppress(BlockingIOError):
+            while True:
+                self.arrived += self._moved.recv(65_536)
+
+    def close(self) -> None:
+        self._inlet.close()
+        self._moved.close()
+
     def read(self, room: memoryview, /) -> int | None:
+        self._take_what_was_moved()
         while len(self.arrived) >= 2:
             length = int.from_bytes(self.arrived[:2], "big")
             if len(self.arrived) < 2 + length:
@@ -83,6 +112,7 @@ class ToyStream(trio.abc.Stream):
         raise AssertionError("the port uses the parts")
 
     async def aclose(self) -> None:
+        self.engine.close()
         await self.transport.aclose()
 
 
@@ -111,25 +141,23 @@ async def sealed_ports() -> tuple[Port, Port, ToyStream, ToyStream]:
     return near, far, left, right
 
 
-def test_each_stream_gets_the_fastest_port_there_is() -> None:
-    async def main() -> None:
-        left, right = await tcp_stream_pair()
-        here, there = lockstep_stream_pair()
-        assert [type(port_of(stream)) for stream in (left, ToyStream(right), here, ToyStream(there))] == [
-            SocketPort,
-            SealedPort,
-            StreamPort,
-            StreamPort,
-        ]
-        await left.aclose()
-        await right.aclose()
-
-    trio.run(main)
-
-
 @trio_test
-async def test_sealed_bytes_arrive_whole_and_in_order_in_pieces_of_any_size() -> None:
-    near, far, left, right = await sealed_ports()
+async def test_each_stream_gets_the_fastest_port_there_is() -> None:
+    left, right = await tcp_stream_pair()
+    here, there = lockstep_stream_pair()
+    sealed = ToyStream(right), ToyStream(there)
+    assert [type(port_of(stream)) for stream in (left, sealed[0], here, sealed[1])] == [
+        SocketPort,
+        SealedPort,
+        StreamPort,
+        StreamPort,
+    ]
+    for stream in (left, *sealed):
+        await stream.aclose()
+
+
+async def send_much(near: Port, far: Port) -> None:
+    """Let more than fits go from one to the other, and see that it arrives."""
     # Now and then it is enough for this time.
     hearer = Hearer(lambda heard: len(heard) % 3 != 0 and len(heard) < len(MORE_THAN_FITS) + 7)
 
@@ -145,8 +173,59 @@ async def test_sealed_bytes_arrive_whole_and_in_order_in_pieces_of_any_size() ->
             while len(hearer.heard) < len(MORE_THAN_FITS) + 7:
                 assert await far.read(hearer.space, hearer.digest)
     assert bytes(hearer.heard) == MORE_THAN_FITS + b"the end"
+
+
+@trio_test
+async def test_sealed_bytes_arrive_whole_and_in_order_in_pieces_of_any_size() -> None:
+    """They are moved as far as there is room, and what is left over is copied."""
+    near, far, left, right = await sealed_ports()
+    await send_much(near, far)
+    assert right.engine.was_moved
+    assert right.engine.was_fed
     await left.aclose()
     await right.aclose()
+
+
+@trio_test
+async def test_what_the_kernel_cannot_move_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels inside enclaves cannot."""
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("os.splice", refuse)
+    near, far, left, right = await sealed_ports()
+    await send_much(near, far)
+    assert not right.engine.was_moved
+    await left.aclose()
+    await right.aclose()
+
+
+@trio_test
+async def test_bytes_are_copied_where_there_is_no_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of descriptors, links go on."""
+
+    def refuse() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("enlink.sealed.Pipe", refuse)
+    near, far, left, right = await sealed_ports()
+    await send_much(near, far)
+    assert not right.engine.was_moved
+    await left.aclose()
+    await right.aclose()
+
+
+@trio_test
+async def test_a_connection_that_breaks_is_told_of() -> None:
+    """To who reads."""
+    near, _, left, right = await sealed_ports()
+    assert isinstance(right.transport, trio.SocketStream)
+    reset(right.transport)
+    with trio.fail_after(DEADLINE_S), pytest.raises(ConnectionResetError):
+        await near.read(Hearer().space, lambda _: True)
+    await left.aclose()
+    right.engine.close()
 
 
 @trio_test

@@ -85,6 +85,17 @@ def test_a_library_that_starves_is_not_asked_again_before_there_is_more(engines:
     assert (read(engine), engine.is_starved) == (b"data", False)
 
 
+def test_what_is_moved_into_the_inlet_reaches_the_library(engines: list[Engine]) -> None:
+    """It is asked again then."""
+    session = Scripted(AGAIN, b"data")
+    engine = engine_of(engines, session)
+    assert (read(engine), engine.is_starved) == (None, True)
+    engine.note_moved()
+    os.write(engine.inlet, b"moved")
+    assert os.read(session.fd, 100) == b"moved"
+    assert (read(engine), engine.is_starved) == (b"data", False)
+
+
 def test_a_session_that_ends_twice_and_says_goodbye_has_ended_well(engines: list[Engine]) -> None:
     """The goodbye is to be sent."""
     engine = engine_of(engines, Scripted(b"data", NOTHING, NOTHING))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import weakref
+from contextlib import suppress
 from typing import Final, Protocol, runtime_checkable
 
 import trio
 
 from enlink.frame import Buffer
+from enlink.pipes import Pipe
 from enlink.port import Digest, Port, SocketPort, Space, StreamPort
 
 # Choices of ours.
 BATCH_BYTES: Final = 132 * 1024  # of plain or ciphertext at a time: two of the longest frames
+
+_SPLICE_FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+_CANNOT_SPLICE: Final = (errno.EINVAL, errno.ENOSYS)
 
 
 class Engine(Protocol):
@@ -19,6 +26,9 @@ class Engine(Protocol):
 
     @property
     def is_starved(self) -> bool: ...
+    @property
+    def inlet(self) -> int: ...
+    def note_moved(self) -> None: ...
     def feed(self, ciphertext: Buffer, /) -> None: ...
     def read(self, room: memoryview, /) -> int | None: ...
     def write(self, data: Buffer, /) -> None: ...
@@ -33,6 +43,54 @@ class Sealed(Protocol):
     engine: Engine
 
 
+class Carrier:
+    """Takes ciphertext from sockets to engines: inside the kernel where that can be, and else through a buffer.
+
+    All ports share one, which holds nothing between two calls.
+    """
+
+    def __init__(self) -> None:
+        self._room = memoryview(bytearray(BATCH_BYTES))
+        self._pipe: Pipe | None = None
+        with suppress(OSError):  # out of descriptors: copying needs none
+            self._pipe = Pipe()
+            weakref.finalize(self, self._pipe.close)
+
+    def carry(self, descriptor: int, engine: Engine) -> int:
+        """Take to *engine* what has come, or that it is the end, and return how many bytes that were.
+
+        Raises:
+            BlockingIOError: nothing has come.
+            OSError: the connection broke.
+        """
+        if self._pipe is not None and engine.is_starved:
+            try:
+                return self._move(self._pipe, descriptor, engine)
+            except OSError as error:
+                if error.errno not in _CANNOT_SPLICE:
+                    raise
+                self._pipe = None
+        count = os.readv(descriptor, [self._room])
+        engine.feed(self._room[:count])
+        return count
+
+    def _move(self, pipe: Pipe, descriptor: int, engine: Engine) -> int:
+        count = left = os.splice(descriptor, pipe.write_end, BATCH_BYTES, flags=_SPLICE_FLAGS)
+        if not count:
+            engine.feed(b"")
+            return 0
+        engine.note_moved()
+        try:
+            while left:
+                left -= os.splice(pipe.read_end, engine.inlet, left, flags=_SPLICE_FLAGS)
+        except OSError:  # no room for more, or this end cannot splice
+            engine.feed(os.read(pipe.read_end, left))
+        return count
+
+
+_carrier: trio.lowlevel.RunVar[Carrier] = trio.lowlevel.RunVar("enlink.sealed")
+
+
 class SealedPort(SocketPort):
     """A socket below an encrypted stream: what `SocketPort` does, with the stream's engine in between.
 
@@ -42,10 +100,10 @@ class SealedPort(SocketPort):
     def __init__(self, stream: Sealed, transport: trio.SocketStream) -> None:
         super().__init__(transport)
         self._engine = stream.engine
-        self._room = memoryview(bytearray(BATCH_BYTES))
+        self._carrier = _shared_carrier()
 
     async def read(self, space: Space, digest: Digest) -> bool:
-        engine, descriptor = self._engine, self._descriptor()
+        engine, carrier, descriptor = self._engine, self._carrier, self._descriptor()
         is_open = True
 
         def open_all() -> bool:
@@ -59,14 +117,13 @@ class SealedPort(SocketPort):
 
         def step() -> bool:
             try:
-                data = self._room[: os.readv(descriptor, (self._room,))]
+                count = carrier.carry(descriptor, engine)
             except BlockingIOError:
                 return True
-            engine.feed(data)
             try:
                 return open_all()
             except trio.BrokenResourceError as error:
-                if data:
+                if count:
                     raise
                 raise EOFError(str(error)) from error
 
@@ -84,6 +141,15 @@ class SealedPort(SocketPort):
             self.failure = error
             raise
         return self._engine.take()
+
+
+def _shared_carrier() -> Carrier:
+    try:
+        return _carrier.get()
+    except LookupError:
+        carrier = Carrier()
+        _carrier.set(carrier)
+        return carrier
 
 
 def port_of(stream: trio.abc.Stream) -> Port:

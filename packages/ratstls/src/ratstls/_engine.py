@@ -73,6 +73,15 @@ class Engine:
             self._arrived += memoryview(ciphertext)[taken:]
 
     @property
+    def inlet(self) -> int:
+        """The descriptor into which ciphertext may be moved, instead of being fed, while this `is_starved`."""
+        return self.ours.fileno()
+
+    def note_moved(self) -> None:
+        """Something is moved into the inlet."""
+        self._is_at_end = self._is_starved = False
+
+    @property
     def has_unfed(self) -> bool:
         """There was no room for all that came: `push` again once ``ours`` is writable."""
         return bool(self._arrived)
