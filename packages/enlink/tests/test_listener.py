@@ -15,7 +15,8 @@ from typing import Any, ParamSpec
 
 import pytest
 import trio
-from enlink.connection import Unreachable, connect_tcp, open_connection
+from enlink.attempt import connect_tcp, open_connection
+from enlink.connection import Unreachable
 from enlink.endpoint import Endpoint, HybridVsock, Systemd, Tcp, Unix, Vsock
 from enlink.errors import CannotCreate, ConfigError, NotPermitted, Unavailable
 from enlink.listener import BACKLOG, BIND_PATIENCE_S, accept, listen_tcp, listening

@@ -6,7 +6,8 @@ import socket
 
 import pytest
 import trio
-from enlink.connection import Unreachable, open_connection
+from enlink.attempt import open_connection
+from enlink.connection import Unreachable
 from enlink.endpoint import VSOCK_PORT_ANY, Vsock
 from enlink.errors import Unavailable
 from enlink.listener import accept, listening

@@ -17,7 +17,7 @@ import trio
 from enlink import splice
 from enlink.direction import BUFFER_BYTES
 from enlink.pipes import PIPE_BYTES
-from enlink.splice import Limits, Mover, Outcome
+from enlink.splice import Exchange, Limits, Mover, Outcome
 from enlink.testing.programs import in_trio, until
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -43,6 +43,10 @@ class Bridged:
         self.left_outer, self.right_outer = left, right
         self.left, self.right = trio.socket.from_stdlib_socket(left), trio.socket.from_stdlib_socket(right)
         self.outcome: Outcome | None = None
+
+    def ended(self, outcome: Outcome) -> None:
+        assert self.outcome is None  # told once
+        self.outcome = outcome
 
     async def end(self) -> Outcome:
         await until(lambda: self.outcome is not None)
@@ -73,20 +77,15 @@ async def bridged(
     buffer_bytes: int | None = None,
 ) -> None:
     """Use a bridge, which is ended then if it is still there; it leaves no descriptor."""
-    await trio.lowlevel.checkpoint()
     with (
         two_pairs(*kinds, buffer_bytes) as (outer_left, inner_left, inner_right, outer_right),
         Mover(max_pipes) as mover,
     ):
         here = Bridged(outer_left, outer_right)
-
-        async def run() -> None:
-            here.outcome = await mover.bridge(inner_left, inner_right, limits)
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(run)
-            await use(here)
-            nursery.cancel_scope.cancel()
+        exchange = Exchange(mover, inner_left, inner_right, here.ended, limits)
+        exchange.start()
+        await use(here)
+        exchange.abort()
         assert inner_left.fileno() == inner_right.fileno() == -1
 
 
@@ -389,15 +388,15 @@ def test_a_whole_exchange_within_all_limits_ends_as_one() -> None:
     in_trio(lambda: bridged(use, limits=Limits(idle_s=30, lifetime_s=30, half_close_s=30)))()
 
 
-def test_cancellation_closes_both_sides_at_once_whatever_is_under_way() -> None:
+def test_an_exchange_that_is_aborted_closes_both_sides_at_once_and_tells_nobody_of_an_end() -> None:
     async def use(bridge: Bridged) -> None:
         with trio.move_on_after(0.3):
             await send_for_ever(bridge.left, MEGABYTE)
+        bridges.append(bridge)
 
-    async def cancelled() -> None:
-        await bridged(use, max_pipes=1)  # which looks that both are closed
-
-    in_trio(cancelled)()
+    bridges: list[Bridged] = []
+    in_trio(lambda: bridged(use, max_pipes=1))()  # which looks that both are closed
+    assert [bridge.outcome for bridge in bridges] == [None]
 
 
 def test_bytes_that_find_no_pipe_free_are_copied() -> None:

@@ -20,7 +20,8 @@ from typing import Any, ParamSpec
 
 import pytest
 import trio
-from enlink.connection import SO_MARK, Unreachable
+from enlink.attempt import SO_MARK
+from enlink.connection import Unreachable
 from enlink.endpoint import Tcp
 from enlink.errors import NotPermitted, Unavailable
 from enlink.listener import listen_tcp

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 from enlink import vsock
 from enlink.endpoint import CID_ANY
 from enlink.errors import NotPermitted, Unavailable
 from enlink.vsock import SO_VM_SOCKETS_CONNECT_TIMEOUT, local_cid, open_socket, outlast, why_not_bound
-from trio.testing import trio_test
 
 
-def option(sock: trio.socket.SocketType, number: int, layout: str = "q") -> tuple[int, ...]:
+def option(sock: socket.socket, number: int, layout: str = "q") -> tuple[int, ...]:
     """Read an option as the kernel has it; of a socket of this family Python would not ask for so many bytes."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=os.dup(sock.fileno())) as anonymous:
         return struct.unpack(layout, anonymous.getsockopt(socket.AF_VSOCK, number, struct.calcsize(layout)))
@@ -29,23 +27,20 @@ def descriptors() -> set[str]:
 
 
 @pytest.mark.parametrize("buffer_bytes", [64 * 1024, 1024 * 1024, 4 * 1024 * 1024])
-@trio_test
-async def test_a_buffer_has_the_size_that_was_asked_for_even_above_the_maximum_of_before(buffer_bytes: int) -> None:
+def test_a_buffer_has_the_size_that_was_asked_for_even_above_the_maximum_of_before(buffer_bytes: int) -> None:
     with open_socket(buffer_bytes) as sock:
         assert sock.family == socket.AF_VSOCK
         assert option(sock, socket.SO_VM_SOCKETS_BUFFER_SIZE) == (buffer_bytes,)
         assert option(sock, socket.SO_VM_SOCKETS_BUFFER_MAX_SIZE) == (buffer_bytes,)
 
 
-@trio_test
-async def test_a_buffer_is_the_kernels_choice_unless_asked_for() -> None:
+def test_a_buffer_is_the_kernels_choice_unless_asked_for() -> None:
     with open_socket() as sock:
         assert option(sock, socket.SO_VM_SOCKETS_BUFFER_SIZE) == (256 * 1024,)
 
 
 @pytest.mark.parametrize(("deadline_s", "timeout_s"), [(0.5, 1), (5, 6), (10.9, 11), (float("inf"), 86_401)])
-@trio_test
-async def test_the_kernel_waits_for_a_connection_for_longer_than_we_do(deadline_s: float, timeout_s: int) -> None:
+def test_the_kernel_waits_for_a_connection_for_longer_than_we_do(deadline_s: float, timeout_s: int) -> None:
     before = descriptors()
     with open_socket() as sock:
         assert option(sock, SO_VM_SOCKETS_CONNECT_TIMEOUT, "qq") == (2, 0)
@@ -69,7 +64,7 @@ def test_why_there_is_no_socket_is_told(
     def failing(*arguments: Any) -> Any:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(trio.socket, "socket", failing)
+    monkeypatch.setattr(socket, "socket", failing)
     with pytest.raises(kind, match=text):
         open_socket()
 

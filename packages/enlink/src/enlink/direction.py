@@ -29,8 +29,8 @@ class Owner(Protocol):
     def finish(self, ending: Literal["reset"]) -> None:
         """End both directions."""
 
-    def direction_ended(self) -> None:
-        """Take note that this one is over."""
+    def direction_ended(self) -> bool:
+        """Take note that this one is over; return whether that was all, and both sockets are closed."""
 
     def direction_stuck(self) -> None:
         """Take note that this one waits for its sink, or has lost it."""
@@ -48,20 +48,20 @@ class Direction:
     """One way through a connection. It either reads its source, or holds bytes and waits for its sink, or is over."""
 
     __slots__ = (
-        *("_buffer", "_connection", "_held", "_is_bulk", "_may_splice", "_pipe", "_pipes", "_pump"),
+        *("_buffer", "_exchange", "_held", "_is_bulk", "_may_splice", "_pipe", "_pipes", "_pump"),
         *("_sink", "_sink_fd", "_source", "_source_fd", "is_broken", "is_over", "moved_bytes", "spliced_bytes"),
     )
 
     def __init__(
         self,
-        connection: Owner,
+        exchange: Owner,
         source: socket.socket,
         sink: socket.socket,
         pump: Pump,
         buffer: memoryview,
         pipes: PipePool,
     ) -> None:
-        self._connection = connection
+        self._exchange = exchange
         self._pump, self._buffer, self._pipes = pump, buffer, pipes
         self._source, self._source_fd = source, source.fileno()
         self._sink, self._sink_fd = sink, sink.fileno()
@@ -80,11 +80,14 @@ class Direction:
         return self._held is not None or self._pipe is not None
 
     def start(self) -> None:
-        """Begin to read."""
-        self._pump.on_readable(self._source_fd, self._on_readable)
+        """Begin to read when there is something to be read."""
+        self._pump.on_readable(self._source_fd, self.move)
 
     def stop(self) -> None:
         """Move nothing any more; what is held is lost."""
+        if self.is_over:
+            return
+        self.is_over = True
         self._pump.on_readable(self._source_fd, None)
         self._pump.on_writable(self._sink_fd, None)
         self._held = None
@@ -99,7 +102,8 @@ class Direction:
         else:
             self._source.close()
 
-    def _on_readable(self) -> None:
+    def move(self) -> None:
+        """Read, and pass on what is there."""
         # Once: others get their turn, and the pump calls again. More rounds at a time proved no faster.
         pipe = self._pipes.take() if self._is_bulk and self._may_splice else None
         if pipe is None:
@@ -114,7 +118,7 @@ class Direction:
         except BlockingIOError:
             return
         except OSError:
-            self._connection.finish("reset")
+            self._exchange.finish("reset")
             return
         if not count:
             self._end()
@@ -142,7 +146,7 @@ class Direction:
             elif error.errno == errno.EINVAL:  # a family that knows no splice
                 self._may_splice = False
             else:
-                self._connection.finish("reset")
+                self._exchange.finish("reset")
             return
         if not count:
             self._pipes.give_back(pipe)
@@ -190,29 +194,29 @@ class Direction:
                 return
             self._held = None
         self._pump.on_writable(self._sink_fd, None)
-        self._pump.on_readable(self._source_fd, self._on_readable)
+        self._pump.on_readable(self._source_fd, self.move)
 
     def _wait_for_sink(self) -> None:
         self._pump.on_readable(self._source_fd, None)
         self._pump.on_writable(self._sink_fd, self._on_writable)
-        self._connection.direction_stuck()
+        self._exchange.direction_stuck()
 
     def _moved(self, count: int) -> None:
         self.moved_bytes += count
-        self._connection.last_moved_s = monotonic()
+        self._exchange.last_moved_s = monotonic()
 
     def _end(self) -> None:
         """Pass on the end of the source: all its bytes have gone before."""
         self.is_over = True
         self._pump.on_readable(self._source_fd, None)
-        with suppress(OSError):  # it has gone already, which the other direction finds out
-            self._sink.shutdown(socket.SHUT_WR)
-        self._connection.last_moved_s = monotonic()
-        self._connection.direction_ended()
+        self._exchange.last_moved_s = monotonic()
+        if not self._exchange.direction_ended():
+            with suppress(OSError):  # it has gone already, which the other direction finds out
+                self._sink.shutdown(socket.SHUT_WR)
 
     def _break(self) -> None:
         """Stop, because the sink takes no more for ever; what it has said before may still be on its way back."""
-        self.is_broken = self.is_over = True
+        self.is_broken = True
         self.stop()
-        self._connection.direction_ended()
-        self._connection.direction_stuck()
+        self._exchange.direction_ended()
+        self._exchange.direction_stuck()

@@ -132,7 +132,9 @@ async def _listen_vsock(endpoint: Vsock, buffer_bytes: int | None) -> trio.Socke
     address = (CID_ANY if endpoint.cid is None else endpoint.cid, endpoint.port)
     deadline = trio.current_time() + BIND_PATIENCE_S
     try:
-        return await _patiently(lambda: _bound(vsock.open_socket(buffer_bytes), address), deadline)
+        return await _patiently(
+            lambda: _bound(trio.socket.from_stdlib_socket(vsock.open_socket(buffer_bytes)), address), deadline
+        )
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise Unavailable(f"cannot listen on {endpoint}: another process has the port") from error

@@ -1,26 +1,25 @@
 """Moves bytes between two connected stream sockets of any family, both ways, until both have ended. Dials nobody.
 
-Callbacks of the pump do the work; the task that waits for the end wakes for deadlines only. Small pieces are copied
-through one buffer that all connections share. A direction that fills the buffer is bulk: its bytes go through a pipe
-inside the kernel instead, which it borrows and gives back as soon as it is empty. So an idle connection has neither
-buffer nor pipe, and what one direction may hold back is a buffer or a pipe, never more.
+Callbacks do all the work: a connection has no task. Small pieces are copied through one buffer that all connections
+share. A direction that fills the buffer is bulk: its bytes go through a pipe inside the kernel instead, which it
+borrows and gives back as soon as it is empty. So an idle connection has neither buffer nor pipe, and what one direction
+may hold back is a buffer or a pipe, never more.
 """
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from time import monotonic
 from types import TracebackType
 from typing import Final, Literal, Self, TypeAlias
 
-import outcome as trio_outcome
-import trio
-
 from enlink.direction import BUFFER_BYTES, Direction
 from enlink.pipes import MAX_PIPES, PipePool
 from enlink.pump import current_pump
+from enlink.timers import Timer, current_timers
 
 Ending: TypeAlias = Literal["eof", "reset", "idle", "lifetime", "half_close_timeout"]
 
@@ -58,7 +57,7 @@ class Outcome:
 
 
 class Mover:
-    """What the connections of one trio run share: a buffer and pipes. Use it in a ``with`` block around them all.
+    """What the exchanges of one trio run share: a buffer and pipes. Use it in a ``with`` block around them all.
 
     Args:
         max_pipes: how many directions may have bytes in a pipe at a time; others copy. Each pipe is two descriptors.
@@ -67,6 +66,7 @@ class Mover:
     def __init__(self, max_pipes: int = MAX_PIPES) -> None:
         self.buffer = memoryview(bytearray(BUFFER_BYTES))
         self.pipes = PipePool(max_pipes)
+        self.pump = current_pump()
 
     def __enter__(self) -> Self:
         return self
@@ -76,70 +76,68 @@ class Mover:
     ) -> None:
         self.pipes.close()
 
-    async def bridge(self, left: socket.socket, right: socket.socket, limits: Limits = NO_LIMITS) -> Outcome:
-        """Pass on what each socket says to the other, until both have finished or a limit is reached.
 
-        Takes over both sockets, which must be connected and non-blocking, and closes them, also when cancelled. An
-        end of one direction is passed on when all its bytes have been; the other goes on. Within a direction no more
-        than a pipe's megabyte waits here; then its source is not read.
-        """
-        connection = _Connection(self, left, right)
-        try:
-            return connection.outcome(await connection.run(limits))
-        finally:
-            connection.close()
+class Exchange:
+    """Both ways between two sockets, until both have ended or a limit is reached. `start` begins it.
 
+    Takes over both sockets, which must be connected and non-blocking, and closes them at the end. An end of one
+    direction is passed on when all its bytes have been; the other goes on. Within a direction no more than a pipe's
+    megabyte waits here; then its source is not read.
 
-class _Connection:
-    """Two directions, and the task that waits for their end."""
+    Args:
+        done: called once, when both sockets are closed; perhaps before `start` returns, and not after `abort`.
+    """
 
-    __slots__ = ("_directions", "_ending", "_is_waiting", "_pump", "_task", "_wakes_on_half_close", "last_moved_s")
+    __slots__ = ("_directions", "_done", "_is_over", "_limits", "_start_s", "_timer", "last_moved_s")
 
-    def __init__(self, mover: Mover, left: socket.socket, right: socket.socket) -> None:
-        self._pump = current_pump()
-        self._task = trio.lowlevel.current_task()
-        self._ending: Ending | None = None
-        self._is_waiting = False
-        self._wakes_on_half_close = False
-        self.last_moved_s = monotonic()
+    def __init__(
+        self,
+        mover: Mover,
+        left: socket.socket,
+        right: socket.socket,
+        done: Callable[[Outcome], object],
+        limits: Limits = NO_LIMITS,
+    ) -> None:
         self._directions = (
-            Direction(self, left, right, self._pump, mover.buffer, mover.pipes),
-            Direction(self, right, left, self._pump, mover.buffer, mover.pipes),
+            Direction(self, left, right, mover.pump, mover.buffer, mover.pipes),
+            Direction(self, right, left, mover.pump, mover.buffer, mover.pipes),
         )
+        self._done = done
+        self._limits = limits
+        self._timer: Timer | None = None
+        self._is_over = False
+        self._start_s = self.last_moved_s = monotonic()
 
-    async def run(self, limits: Limits) -> Ending:
-        start_s = self.last_moved_s
-        self._wakes_on_half_close = limits.half_close_s is not None
-        for direction in self._directions:
-            direction.start()
-        while self._ending is None:
-            timeout_s, reason = self._next_deadline(limits, start_s)
-            if timeout_s <= 0:
-                self._ending = reason
-                break
-            self._is_waiting = True
-            with trio.move_on_after(timeout_s):
-                await trio.lowlevel.wait_task_rescheduled(self._stop_waiting)
-        return self._ending
-
-    def close(self) -> None:
-        """Close both sockets: as they are after a whole exchange, with a reset after any other."""
-        for direction in self._directions:
-            direction.stop()
-        for direction in self._directions:
-            direction.close_source(aborts=self._ending != "eof")
-
-    def outcome(self, ending: Ending) -> Outcome:
+    def start(self) -> None:
+        """Begin to move bytes, with those that the left side may have said already."""
         one, other = self._directions
-        return Outcome(ending, one.moved_bytes, other.moved_bytes, one.spliced_bytes + other.spliced_bytes)
+        one.start()
+        other.start()
+        if self._limits != NO_LIMITS:
+            self._look_at_limits()
+        one.move()
 
-    def direction_ended(self) -> None:
-        """Look whether that was all, or a deadline begins."""
+    def abort(self) -> None:
+        """Close both sockets at once, with a reset, and call nobody. It may be over already."""
+        if not self._is_over:
+            self._close(aborts=True)
+
+    def finish(self, ending: Ending) -> None:
+        """Close both sockets: as they are after a whole exchange, with a reset after any other."""
+        if self._is_over:
+            return
+        self._close(aborts=ending != "eof")
+        one, other = self._directions
+        self._done(Outcome(ending, one.moved_bytes, other.moved_bytes, one.spliced_bytes + other.spliced_bytes))
+
+    def direction_ended(self) -> bool:
+        """Finish, if that was all, and return whether it was; a deadline may begin otherwise."""
         one, other = self._directions
         if one.is_over and other.is_over:
             self.finish("reset" if one.is_broken or other.is_broken else "eof")
-        elif self._wakes_on_half_close:
-            self._wake()
+        elif self._limits.half_close_s is not None:
+            self._look_at_limits()
+        return self._is_over
 
     def direction_stuck(self) -> None:
         """End a connection of which one direction leads nowhere and the other waits: nobody may ever notice."""
@@ -147,31 +145,30 @@ class _Connection:
         if (one.is_broken and other.is_held) or (other.is_broken and one.is_held):
             self.finish("reset")
 
-    def finish(self, ending: Ending) -> None:
-        """End the wait of the task. For callbacks."""
-        self._ending = ending
+    def _close(self, *, aborts: bool) -> None:
+        self._is_over = True
+        if self._timer is not None:
+            self._timer.cancel()
         for direction in self._directions:
             direction.stop()
-        self._wake()
+        for direction in self._directions:
+            direction.close_source(aborts=aborts)
 
-    def _next_deadline(self, limits: Limits, start_s: float) -> tuple[float, Ending]:
+    def _look_at_limits(self) -> None:
+        """Finish if one is reached, and look again when the next one may be."""
+        if self._timer is not None:
+            self._timer.cancel()
+        limits = self._limits
         deadlines: list[tuple[float, Ending]] = [(inf, "idle")]
         if limits.lifetime_s is not None:
-            deadlines.append((start_s + limits.lifetime_s, "lifetime"))
+            deadlines.append((self._start_s + limits.lifetime_s, "lifetime"))
         if limits.half_close_s is not None and any(direction.is_over for direction in self._directions):
             deadlines.append((self.last_moved_s + limits.half_close_s, "half_close_timeout"))
         if limits.idle_s is not None:
             deadlines.append((self.last_moved_s + limits.idle_s, "idle"))
-        deadline_s, reason = min(deadlines)
-        return deadline_s - monotonic(), reason
-
-    def _wake(self) -> None:
-        if self._is_waiting:
-            self._is_waiting = False
-            self._pump.wake(self._task, trio_outcome.Value(None))
-
-    def _stop_waiting(self, _: object) -> trio.lowlevel.Abort:
-        if not self._is_waiting:  # a callback has woken the task, which comes to that in a moment
-            return trio.lowlevel.Abort.FAILED
-        self._is_waiting = False
-        return trio.lowlevel.Abort.SUCCEEDED
+        deadline_s, ending = min(deadlines)
+        left_s = deadline_s - monotonic()
+        if left_s <= 0:
+            self.finish(ending)
+        elif left_s < inf:
+            self._timer = current_timers().after(left_s, self._look_at_limits)

@@ -10,7 +10,8 @@ from typing import Final
 
 import trio
 
-from enlink.connection import Unreachable, connect_tcp, resolve
+from enlink.attempt import connect_tcp
+from enlink.connection import Unreachable, resolve
 from enlink.endpoint import Tcp
 from enlink.errors import NotPermitted
 from enlink.program import RateLimitedLog

@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 from typing import Final
 
-import trio
-
 from enlink.endpoint import CID_ANY
 from enlink.errors import NotPermitted, Unavailable
 
@@ -27,8 +25,8 @@ _CONNECT_FAILURES: Final = {
 }
 
 
-def open_socket(buffer_bytes: int | None = None) -> trio.socket.SocketType:
-    """Open an unconnected stream socket.
+def open_socket(buffer_bytes: int | None = None) -> socket.socket:
+    """Open an unconnected, non-blocking stream socket.
 
     Args:
         buffer_bytes: how much may be under way in either direction, for this socket and those that it accepts; the
@@ -40,7 +38,7 @@ def open_socket(buffer_bytes: int | None = None) -> trio.socket.SocketType:
         OSError: anything else, such as a lack of descriptors.
     """
     try:
-        sock = trio.socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     except PermissionError as error:
         raise NotPermitted(
             f"cannot open a vsock socket ({error.strerror}): a seccomp profile forbids it, as Docker's"
@@ -57,7 +55,7 @@ def open_socket(buffer_bytes: int | None = None) -> trio.socket.SocketType:
     return sock
 
 
-def outlast(sock: trio.socket.SocketType, deadline_s: float) -> None:
+def outlast(sock: socket.socket, deadline_s: float) -> None:
     """Let the kernel wait for a connection for longer than *deadline_s*, where it would give up after two seconds."""
     timeout = struct.pack("qq", int(min(deadline_s, _LONGEST_TIMEOUT_S)) + 1, 0)
     # Of a socket of this family Python takes numbers only, so the option is set on one whose family it does not know.
@@ -76,9 +74,9 @@ def local_cid() -> int | None:
     return None if cid == CID_ANY else cid
 
 
-def why_not_connected(error: OSError) -> str:
-    """Say what a failure to connect means, which differs from TCP."""
-    return _CONNECT_FAILURES.get(error.errno or 0, os.strerror(error.errno or 0))
+def why_not_connected(code: int) -> str:
+    """Say what an error number of connect(2) means, which differs from TCP."""
+    return _CONNECT_FAILURES.get(code, os.strerror(code))
 
 
 def why_not_bound(error: OSError, cid: int | None, port: int) -> str:

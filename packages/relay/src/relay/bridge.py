@@ -1,6 +1,7 @@
 """One bridge: accepts where it listens, dials its target for each connection, and lets `enlink.splice` move the bytes.
 
 At its limit it accepts no more, and the backlog keeps whoever comes. Nothing that one connection does ends another.
+No connection has a task: callbacks lead from accepting to dialling, moving and closing.
 """
 
 from __future__ import annotations
@@ -9,25 +10,28 @@ import errno
 import logging
 import socket
 from collections.abc import Sequence
+from functools import partial
 from ipaddress import ip_address
 from typing import Any, Final
 
 import trio
+from enlink.attempt import Found
 from enlink.connection import name_of
 from enlink.direction import abort
 from enlink.endpoint import CID_ANY, Tcp, Unix, Vsock
 from enlink.errors import EngError
 from enlink.program import RateLimitedLog, log_event
-from enlink.splice import Limits, Mover
+from enlink.pump import current_pump
+from enlink.splice import Exchange, Limits, Mover, Outcome
 from enlink.status import Counters
+from enlink.timers import Timer, current_timers
 
 from relay.config import BridgeConfig
-from relay.dial import NotAllowed, Target
+from relay.dial import Dial, NotAllowed, Target
 from relay.proxy_protocol import TcpConnection, UnixConnection, VsockConnection, encode_header
 
 # Choices of ours.
 _ACCEPT_PAUSE_S: Final = 0.1
-_ACCEPT_BATCH: Final = 64  # connections that one listener takes before other tasks get their turn
 _TCP_OPTIONS: Final = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
@@ -41,103 +45,186 @@ _logger = logging.getLogger(__name__)
 
 
 class Bridge:
-    """Carries connections from one endpoint to another. Counts in *counters*, under its endpoints' names."""
+    """Carries connections from one endpoint to another, between `open` and `close`.
+
+    Attributes:
+        target: where its connections lead.
+        mover: moves their bytes.
+        limits: when they end.
+        leads_to_tcp: the target is a TCP endpoint.
+        announces: the target is told who connects, by the PROXY protocol.
+    """
 
     def __init__(self, config: BridgeConfig, target: Target, mover: Mover, limited: RateLimitedLog) -> None:
         self._config = config
-        self._target = target
-        self._mover = mover
+        self.target = target
+        self.mover = mover
+        self.limits = Limits(config.idle_timeout_s, config.max_lifetime_s, config.half_close_timeout_s)
+        self.leads_to_tcp = isinstance(config.target, Tcp)
+        self.announces = config.proxy_protocol
         self._limited = limited
-        self._limits = Limits(config.idle_timeout_s, config.max_lifetime_s, config.half_close_timeout_s)
         self._counters = Counters()
         self._connections = self._counters.group("connections")
         self._bytes = self._counters.group("bytes")
         self._ended = self._counters.group("ended")
-        self._active = 0
-        self._freed = trio.Event()
+        self._passages: set[Passage] = set()
+        self._is_idle = trio.Event()
+        self._listeners: Sequence[socket.socket] = ()
+        self._pause: Timer | None = None
+        self._pump = current_pump()
 
     def snapshot(self) -> dict[str, object]:
         """Return what it is, how many connections it has, and its counters, for ``status``."""
         return {
             "listen": str(self._config.listen),
             "target": str(self._config.target),
-            "active": self._active,
+            "active": len(self._passages),
             "max_concurrent_connections": self._config.max_connections,
             **self._counters.snapshot(),
         }
 
-    async def accept(self, listeners: Sequence[socket.socket], nursery: trio.Nursery) -> None:
-        """Accept until cancelled, and carry each connection by a task of *nursery*."""
-        async with trio.open_nursery() as accepting:
-            for listener in listeners:
-                accepting.start_soon(self._accept_forever, listener, nursery)
+    def open(self, listeners: Sequence[socket.socket]) -> None:
+        """Begin to accept; takes over the sockets, which listen and are non-blocking."""
+        self._listeners = listeners
+        for listener in listeners:
+            if listener.family in _INTERNET:
+                _set_options(listener)  # for all that it accepts
+        self._listen()
 
-    async def _accept_forever(self, listener: socket.socket, nursery: trio.Nursery) -> None:
-        while True:
-            while self._active >= self._config.max_connections:
-                if self._freed.is_set():
-                    self._freed = trio.Event()
-                await self._freed.wait()
-            await trio.lowlevel.wait_readable(listener)
-            try:
-                self._accept_batch(listener, nursery)
-            except OSError as error:
-                # Of descriptors or memory there will be some again; a connection that is gone already is no matter.
-                reason = errno.errorcode.get(error.errno or 0, "unknown")
-                self._connections["accept_paused"] += 1
-                self._limited.log("accept_paused", reason, listen=self._config.listen, error=error.strerror)
-                await trio.sleep(_ACCEPT_PAUSE_S)
+    def close(self) -> None:
+        """Accept no more. Nobody is left in the backlog."""
+        self._stop_listening()
+        for listener in self._listeners:
+            listener.close()
+        self._listeners = ()
 
-    def _accept_batch(self, listener: socket.socket, nursery: trio.Nursery) -> None:
-        for _ in range(_ACCEPT_BATCH):
-            # Another listener of this bridge may have taken the last place while this one waited.
-            if self._active >= self._config.max_connections:
-                return
-            try:
-                client, peer = listener.accept()
-            except BlockingIOError:
-                return
-            self._active += 1
-            self._connections["accepted"] += 1
-            nursery.start_soon(self._carry, client, peer)
+    async def wait_until_idle(self) -> None:
+        """Wait until the last connection has ended, after `close`."""
+        while self._passages:
+            self._is_idle = trio.Event()
+            await self._is_idle.wait()
 
-    async def _carry(self, client: socket.socket, peer: Any) -> None:
+    def abort(self) -> None:
+        """End all connections at once, with a reset."""
+        for passage in list(self._passages):
+            passage.abort()
+
+    def _listen(self) -> None:
+        self._pause = None
+        for listener in self._listeners:
+            self._pump.on_readable(listener.fileno(), partial(self._accept, listener))
+
+    def _stop_listening(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        for listener in self._listeners:
+            self._pump.on_readable(listener.fileno(), None)
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Take one connection; the pump calls again if there are more."""
+        if self._is_full:
+            self._stop_listening()
+            return
         try:
-            target = await self._reach(client, peer)
-            outcome = await self._mover.bridge(client, target, self._limits)
-        except NotAllowed as error:
+            client, peer = listener.accept()
+        except BlockingIOError:  # another worker was faster
+            return
+        except OSError as error:
+            # Of descriptors or memory there will be some again; a connection that is gone already is no matter.
+            reason = errno.errorcode.get(error.errno or 0, "unknown")
+            self._connections["accept_paused"] += 1
+            self._limited.log("accept_paused", reason, listen=self._config.listen, error=error.strerror)
+            self._stop_listening()
+            self._pause = current_timers().after(_ACCEPT_PAUSE_S, self._listen)
+            return
+        self._connections["accepted"] += 1
+        passage = Passage(self, client, peer)
+        self._passages.add(passage)
+        passage.start()
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._passages) >= self._config.max_connections
+
+    def carried(self, passage: Passage, outcome: Outcome) -> None:
+        """Take note of what it was, and that it is over."""
+        self._bytes["to_target"] += outcome.left_to_right_bytes
+        self._bytes["from_target"] += outcome.right_to_left_bytes
+        self._bytes["spliced"] += outcome.spliced_bytes
+        self._ended[outcome.ending] += 1
+        log_event(_logger, "connection_ended", logging.DEBUG, peer=passage.peer, how=outcome.ending)
+        self.forget(passage)
+
+    def failed(self, passage: Passage, error: EngError | OSError) -> None:
+        """Take note that it led nowhere."""
+        if isinstance(error, NotAllowed):
             self._ended[error.reason] += 1
             self._limited.log("target_refused", error.reason, target=self._config.target, error=error)
-        except (EngError, OSError) as error:
+        else:
             self._ended["unreachable"] += 1
             self._limited.log("target_unreachable", str(self._config.target), error=error)
-        else:
-            self._bytes["to_target"] += outcome.left_to_right_bytes
-            self._bytes["from_target"] += outcome.right_to_left_bytes
-            self._bytes["spliced"] += outcome.spliced_bytes
-            self._ended[outcome.ending] += 1
-            log_event(_logger, "connection_ended", logging.DEBUG, peer=peer, how=outcome.ending)
-        finally:
-            self._active -= 1
-            self._freed.set()
+        self.forget(passage)
 
-    async def _reach(self, client: socket.socket, peer: Any) -> socket.socket:
-        """Connect to the target for *client*, which is closed if that fails."""
+    def forget(self, passage: Passage) -> None:
+        """Give its place to another one."""
+        was_full = self._is_full
+        self._passages.discard(passage)
+        if was_full and self._pause is None:
+            self._listen()
+        if not self._passages:
+            self._is_idle.set()
+
+
+class Passage:
+    """One connection that was accepted, through dialling the target, to its end. `start` begins it."""
+
+    __slots__ = ("_bridge", "_client", "_stage", "peer")
+
+    def __init__(self, bridge: Bridge, client: socket.socket, peer: Any) -> None:
+        self._bridge = bridge
+        self._client = client
+        self._stage: Dial | Exchange = bridge.target.dial(self._reached)
+        self.peer = peer
+
+    def start(self) -> None:
+        """Dial the target; the bridge is told of the end."""
+        self._client.setblocking(False)
+        self._stage.start()
+
+    def abort(self) -> None:
+        """Close both sides at once, with a reset."""
+        self._stage.abort()
+        abort(self._client)
+        self._bridge.forget(self)
+
+    def _reached(self, found: Found) -> None:
+        if isinstance(found, EngError):
+            self._fail(found)
+            return
         try:
-            tune(client)
-            target = await self._target.connect()
-            try:
-                tune(target)
-                if self._config.proxy_protocol:
-                    # Nothing has been sent before, so there is room for all of it.
-                    target.send(encode_header(_as_announced(client, peer)))
-            except BaseException:
-                target.close()
-                raise
-        except BaseException:
-            abort(client)
-            raise
-        return target
+            self._introduce(found)
+        except OSError as error:
+            found.close()
+            self._fail(error)
+            return
+        bridge = self._bridge
+        self._stage = Exchange(bridge.mover, self._client, found, self._ended, bridge.limits)
+        self._stage.start()
+
+    def _introduce(self, target: socket.socket) -> None:
+        if self._bridge.leads_to_tcp:
+            _set_options(target)
+        if self._bridge.announces:
+            # Nothing has been sent before, so there is room for all of it.
+            target.send(encode_header(_as_announced(self._client, self.peer)))
+
+    def _fail(self, error: EngError | OSError) -> None:
+        abort(self._client)
+        self._bridge.failed(self, error)
+
+    def _ended(self, outcome: Outcome) -> None:
+        self._bridge.carried(self, outcome)
 
 
 def _as_announced(client: socket.socket, peer: Any) -> TcpConnection | VsockConnection | UnixConnection:
@@ -156,9 +243,7 @@ def _number(cid: int | None) -> int:
     return CID_ANY if cid is None else cid
 
 
-def tune(sock: socket.socket) -> None:
-    """Set what every connection wants: no waiting, no delay, and an end to a peer that is silent for two minutes."""
-    sock.setblocking(False)
-    if sock.family in _INTERNET:
-        for level, option, value in _TCP_OPTIONS:
-            sock.setsockopt(level, option, value)
+def _set_options(sock: socket.socket) -> None:
+    """Set what every TCP connection wants: no delay, and an end to a peer that is silent for two minutes."""
+    for level, option, value in _TCP_OPTIONS:
+        sock.setsockopt(level, option, value)

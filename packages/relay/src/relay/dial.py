@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
-import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from ipaddress import ip_address
 from typing import Final
 
 import trio
-from enlink.connection import Unreachable, connect_tcp, open_connection
-from enlink.endpoint import Tcp, Vsock
+from enlink.attempt import Attempt, Found
+from enlink.connection import Unreachable
+from enlink.endpoint import Endpoint, Tcp, Vsock
 from enlink.errors import ConfigError, EngError
+from enlink.timers import Timer, current_timers
 
 from relay.addresses import Address
 from relay.allowlist import AllowList, Rule, Verdict, rule_for
@@ -46,6 +49,11 @@ class Target:
     def __init__(self, config: BridgeConfig, resolver: Resolver | None) -> None:
         self._config = config
         self._resolver = resolver
+        self._judged: Sequence[Address] = ()
+        self._verdicts: Sequence[Verdict] = ()
+        self._waiting: list[Dial] = []
+        self._is_wanted = trio.Event()
+        self._token = trio.lowlevel.current_trio_token()
         target = config.target
         rules: Sequence[Rule] = config.allow
         if not rules and isinstance(target, Tcp):
@@ -59,60 +67,128 @@ class Target:
         if verdict is not None and not verdict.is_allowed:
             raise ConfigError(f"no --allow lets {config.listen} reach its target: {verdict.text}")
 
-    async def connect(self) -> socket.socket:
-        """Return a connected, non-blocking socket.
+    def endpoints(self) -> Sequence[Endpoint] | None:
+        """Return where to dial now, in this order, which is not nowhere; None as long as a name is looked up.
 
         Raises:
-            Unreachable: nobody answered in time, with the reason.
             NotAllowed: none of the addresses that the target's name has now may be dialled.
-            NotPermitted, Unavailable: this process, or this kernel, has no vsock.
         """
-        deadline = trio.current_time() + self._config.connect_timeout_s
-        while True:
-            try:
-                return await self._connect(round(deadline - trio.current_time(), 2))
-            except Unreachable as error:
-                is_scarcity = isinstance(error.__cause__, OSError) and error.__cause__.errno in _SCARCITY
-                if not is_scarcity or trio.current_time() + _SCARCITY_PAUSE_S >= deadline:
-                    raise
-            await trio.sleep(_SCARCITY_PAUSE_S)
+        target = self._config.target
+        if self._resolver is None or not isinstance(target, Tcp) or not is_name(target.host or ""):
+            return (target,)  # judged once and for all
+        addresses = self._resolver.known(target.host or "", target.family)
+        return None if addresses is None else self._allowed(target, addresses)
 
-    async def _connect(self, timeout_s: float) -> socket.socket:
-        config = self._config
-        if isinstance(config.target, Tcp):
-            return await self._connect_tcp(config.target, timeout_s)
-        connection = await open_connection(config.target, timeout_s, vsock_buffer_bytes=config.vsock_buffer_bytes)
-        return _without_trio(connection.socket)
+    def dial(self, done: Callable[[Found], object]) -> Dial:
+        """Return a way to the target, which is not begun yet; *done* is called at its end, as an `Attempt`'s is."""
+        return Dial(self, self._config, done)
 
-    async def _connect_tcp(self, target: Tcp, timeout_s: float) -> socket.socket:
-        deadline = trio.current_time() + timeout_s
-        failure = Unreachable(f"cannot resolve {target.host}: no answer within {timeout_s:g} s")
-        addresses: list[Address] = []
-        with trio.move_on_at(deadline):
+    def wait(self, dial: Dial) -> None:
+        """Let a dial go on when the target's name has been looked up."""
+        self._waiting.append(dial)
+        self._token.run_sync_soon(self._is_wanted.set)
+
+    def forget(self, dial: Dial) -> None:
+        """Do not tell a dial, which may be waiting."""
+        with suppress(ValueError):
+            self._waiting.remove(dial)
+
+    async def look_up(self) -> None:
+        """Look the target's name up whenever a dial waits for that, until cancelled."""
+        target = self._config.target
+        while self._resolver is not None and isinstance(target, Tcp):
+            await self._is_wanted.wait()
+            self._is_wanted = trio.Event()
+            found: Sequence[Endpoint] | EngError
             try:
-                addresses = await self._addresses(target)
+                found = self._allowed(target, await self._resolver.resolve(target.host or "", target.family))
             except NameNotResolved as error:
-                raise Unreachable(str(error)) from error
-        for number, address in enumerate(addresses):
-            # An address that is silent leaves the others their share.
-            share_s = max(0.0, deadline - trio.current_time()) / (len(addresses) - number)
-            try:
-                return _without_trio((await connect_tcp(str(address), target.port, share_s)).socket)
-            except Unreachable as error:
-                failure = error
-        raise failure
+                found = Unreachable(str(error))
+            except NotAllowed as error:
+                found = error
+            waiting, self._waiting = self._waiting, []
+            for dial in waiting:
+                dial.go_on(found)
 
-    async def _addresses(self, target: Tcp) -> list[Address]:
-        """Return the target's addresses of now that may be dialled, which are not none."""
-        host = target.host or ""
-        if self._resolver is None or not is_name(host):
-            return [ip_address(host)]  # judged once and for all
-        addresses = await self._resolver.resolve(host, target.family)
-        verdicts = self._allow_list.judge_answer(host, target.port, addresses)
-        allowed = [address for address, verdict in zip(addresses, verdicts, strict=True) if verdict.is_allowed]
+    def _allowed(self, target: Tcp, addresses: Sequence[Address]) -> Sequence[Endpoint]:
+        if addresses is not self._judged:
+            self._verdicts = self._allow_list.judge_answer(target.host or "", target.port, addresses)
+            self._judged = addresses
+        pairs = zip(addresses, self._verdicts, strict=True)
+        allowed = [Tcp(str(address), target.port) for address, verdict in pairs if verdict.is_allowed]
         if not allowed:
-            raise NotAllowed(verdicts[0])
+            raise NotAllowed(self._verdicts[0])
         return allowed
+
+
+class Dial:
+    """One connection's way to a target, within its deadline, from callback to callback. `start` begins it."""
+
+    __slots__ = ("_attempt", "_config", "_deadline", "_done", "_pause", "_target")
+
+    def __init__(self, target: Target, config: BridgeConfig, done: Callable[[Found], object]) -> None:
+        self._target = target
+        self._config = config
+        self._done = done
+        self._deadline = trio.current_time() + config.connect_timeout_s
+        self._attempt: Attempt | None = None
+        self._pause: Timer | None = None
+
+    def start(self) -> None:
+        """Begin, or begin again."""
+        try:
+            endpoints = self._target.endpoints()
+        except NotAllowed as error:
+            self._done(error)
+            return
+        if endpoints is None:
+            self._pause = current_timers().after(self._left_s(), self._give_up)
+            self._target.wait(self)
+        else:
+            self._try(endpoints)
+
+    def abort(self) -> None:
+        """Give up, leave nothing open and call nobody. It may be over already."""
+        self._target.forget(self)
+        if self._pause is not None:
+            self._pause.cancel()
+        if self._attempt is not None:
+            self._attempt.abort()
+
+    def go_on(self, found: Sequence[Endpoint] | EngError) -> None:
+        """Dial what a name leads to."""
+        if self._pause is not None:
+            self._pause.cancel()
+        if isinstance(found, EngError):
+            self._done(found)
+        else:
+            self._try(found)
+
+    def _try(self, endpoints: Sequence[Endpoint]) -> None:
+        first, *others = endpoints
+        # An address that is silent leaves the others their share.
+        share_s = self._left_s() / len(endpoints)
+        self._attempt = Attempt(
+            first, share_s, partial(self._tried, others), vsock_buffer_bytes=self._config.vsock_buffer_bytes
+        )
+        self._attempt.start()
+
+    def _tried(self, others: Sequence[Endpoint], found: Found) -> None:
+        if isinstance(found, Unreachable) and others:
+            self._try(others)
+        elif isinstance(found, Unreachable) and found.errno in _SCARCITY and self._left_s() > _SCARCITY_PAUSE_S:
+            self._pause = current_timers().after(_SCARCITY_PAUSE_S, self.start)
+        else:
+            self._done(found)
+
+    def _give_up(self) -> None:
+        self._target.forget(self)
+        target, timeout_s = self._config.target, self._config.connect_timeout_s
+        host = target.host if isinstance(target, Tcp) else None
+        self._done(Unreachable(f"cannot resolve {host}: no answer within {timeout_s:g} s"))
+
+    def _left_s(self) -> float:
+        return max(0.0, self._deadline - trio.current_time())
 
 
 def is_name(host: str) -> bool:
@@ -122,7 +198,3 @@ def is_name(host: str) -> bool:
     except ValueError:
         return True
     return False
-
-
-def _without_trio(sock: trio.socket.SocketType) -> socket.socket:
-    return socket.socket(sock.family, sock.type, sock.proto, sock.detach())

@@ -119,7 +119,8 @@ class Resolver:
 
         Cancellation leaves the look-up to those who ask next.
         """
-        addresses = await self._local(host)
+        await self._hosts.read_if_changed()
+        addresses = self._local(host)
         if addresses is None:
             return await self._remote(host.lower(), family)
         await trio.lowlevel.checkpoint()
@@ -128,7 +129,20 @@ class Resolver:
             raise NameNotResolved(f"cannot resolve {host}: it has no IPv{family} address here")
         return addresses
 
-    async def _local(self, host: str) -> tuple[Address, ...] | None:
+    def known(self, host: str, family: Family | None = None) -> tuple[Address, ...] | None:
+        """Return what `resolve` would, if that needs no look-up, no file and no patience; else None."""
+        if not self._hosts.is_current():
+            return None
+        addresses = self._local(host)
+        if addresses is not None:
+            return tuple(address for address in addresses if family in (None, address.version)) or None
+        entry = self._entries.get((host.lower(), family))
+        if entry is None or entry.answered or entry.failure or trio.current_time() >= entry.ask_after_s:
+            return None
+        self._entries.move_to_end((host.lower(), family))
+        return entry.addresses
+
+    def _local(self, host: str) -> tuple[Address, ...] | None:
         """Return what needs no DNS: an address as it is, or what this machine says of a name; None if it does not."""
         try:
             return (ip_address(host),)
@@ -136,7 +150,7 @@ class Resolver:
             name = host.lower().removesuffix(".")
         # RFC 6761, 6.3: nobody else is to be asked for these, and an enclave may have no hosts file.
         fallback = _LOCALHOST if f".{name}".endswith(".localhost") else None
-        return await self._hosts.find(name) or fallback
+        return self._hosts.names.get(name) or fallback
 
     async def _remote(self, name: str, family: Family | None) -> tuple[Address, ...]:
         entry = self._entries.setdefault((name, family), _Entry())
@@ -184,18 +198,26 @@ class Resolver:
 
 
 class HostsFile:
-    """The names of /etc/hosts. Read at once, and again in a thread when it has changed: some have a million lines."""
+    """The names of /etc/hosts. Read at once, and again in a thread when it has changed: some have a million lines.
+
+    Attributes:
+        names: in lower case, with their addresses in the order of the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = WatchedFile(path)
-        self._file.has_changed()
-        self._names = _read_hosts(path)
+        self._is_current = self._file.has_changed()  # the first time, it says so
+        self.names = _read_hosts(path)
 
-    async def find(self, name: str) -> tuple[Address, ...] | None:
-        """Return the addresses of a name in lower case, in the order of the file; None if it has none."""
-        if self._file.has_changed():
-            self._names = await trio.to_thread.run_sync(_read_hosts, self._file.path)
-        return self._names.get(name)
+    def is_current(self) -> bool:
+        """Tell whether the file is still what was read."""
+        self._is_current = self._is_current and not self._file.has_changed()
+        return self._is_current
+
+    async def read_if_changed(self) -> None:
+        if not self.is_current():
+            self._is_current = True
+            self.names = await trio.to_thread.run_sync(_read_hosts, self._file.path)
 
 
 def _read_hosts(path: Path) -> dict[str, tuple[Address, ...]]:

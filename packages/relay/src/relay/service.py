@@ -93,7 +93,9 @@ class Relay:
         self._resolver = resolver
         self._mover = Mover(max_pipes)
         limited = RateLimitedLog(_logger)
-        self._bridges = [Bridge(bridge, Target(bridge, resolver), self._mover, limited) for bridge in config.bridges]
+        self._targets = [Target(bridge, resolver) for bridge in config.bridges]
+        pairs = zip(config.bridges, self._targets, strict=True)
+        self._bridges = [Bridge(bridge, target, self._mover, limited) for bridge, target in pairs]
 
     def snapshot(self) -> dict[str, object]:
         """Return every bridge's counters, for ``status``."""
@@ -109,16 +111,25 @@ class Relay:
             listeners: for each bridge, its sockets. At the wish to stop nobody is left in their backlog.
         """
         with self._mover:
-            async with trio.open_nursery() as connections:
+            async with trio.open_nursery() as looking_up:
+                for target in self._targets:
+                    looking_up.start_soon(target.look_up)
                 try:
-                    async with trio.open_nursery() as accepting:
-                        for bridge, sockets in zip(self._bridges, listeners, strict=True):
-                            accepting.start_soon(bridge.accept, sockets, connections)
-                        await stopping.wait()
-                        accepting.cancel_scope.cancel()
+                    await self._carry(listeners, stopping)
                 finally:
-                    for sock in (sock for sockets in listeners for sock in sockets):
-                        sock.close()
-                connections.cancel_scope.deadline = trio.current_time() + self._config.grace_s
-            if connections.cancel_scope.cancelled_caught:
-                log_event(_logger, "grace_over", logging.WARNING, grace_s=self._config.grace_s)
+                    for bridge in self._bridges:
+                        bridge.close()
+                        bridge.abort()
+                looking_up.cancel_scope.cancel()
+
+    async def _carry(self, listeners: Sequence[Sequence[socket.socket]], stopping: Stopping) -> None:
+        for bridge, sockets in zip(self._bridges, listeners, strict=True):
+            bridge.open(sockets)
+        await stopping.wait()
+        for bridge in self._bridges:
+            bridge.close()
+        with trio.move_on_after(self._config.grace_s) as grace:
+            for bridge in self._bridges:
+                await bridge.wait_until_idle()
+        if grace.cancelled_caught:
+            log_event(_logger, "grace_over", logging.WARNING, grace_s=self._config.grace_s)
