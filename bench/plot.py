@@ -8,12 +8,19 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 from xml.etree import ElementTree as ET
 
-COLOURS: Final = ("#d62728", "#9467bd", "#1f77b4", "#17becf", "#2ca02c", "#8c564b", "#e377c2", "#7f7f7f")
+# Who stands in several pictures has the same colour in all of them.
+COLOURS: Final = {
+    **{"eng": "#d62728", "relay": "#d62728", "attested": "#9467bd", "direct": "#7f7f7f", "plain": "#7f7f7f"},
+    **{"4 socat": "#1f77b4", "socat": "#1f77b4", "socat TLS": "#17becf", "socat -b 256k": "#17becf"},
+    **{"4 haproxy": "#2ca02c", "haproxy": "#2ca02c", "trio.SSLStream": "#2ca02c"},
+    **{"openvpn": "#8c564b", "wireguard-go": "#e377c2"},
+}
+_OTHERS: Final = "#bcbd22"
 _COLUMNS: Final = 3
 _WIDTH: Final = 380
 _MARGIN: Final = 16
 _ROW: Final = 17
-_LABEL: Final = 92
+_LABEL: Final = 106
 _VALUE: Final = 52
 _GRAPH: Final = 190  # how high a graph is
 
@@ -25,14 +32,15 @@ Graphs = Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
 
 def dots(title: str, panels: Panels, names: Sequence[str]) -> str:
     """Draw each figure's median as a dot, with a line from its least to its greatest value."""
-    height = 30 + _ROW * max(len(columns) for columns in panels.values())
+    height = 48 + _ROW * max(len(columns) for columns in panels.values())
     drawing = _Drawing(title, names, len(panels), height)
     for number, (figure, columns) in enumerate(panels.items()):
         panel = drawing.panel(number, figure)
         across = _Scale([value for values in columns.values() for value in values], _LABEL, _WIDTH - _VALUE - _MARGIN)
         for value in across.powers():
             x = across.at(value)
-            _add(panel, "line", x1=x, x2=x, y1=22, y2=height - 8, stroke="#ddd")
+            _add(panel, "line", x1=x, x2=x, y1=22, y2=height - 26, stroke="#ddd")
+            _text(panel, short(value), x, height - 15, anchor="middle", size=10)
         for row, (name, values) in enumerate(columns.items()):
             y, colour, median = 32 + _ROW * row, drawing.colours[name], statistics.median(values)
             _text(panel, name, _LABEL - 8, y + 4, anchor="end")
@@ -79,7 +87,7 @@ class _Drawing:
     """A heading, a key of all columns, and panels below."""
 
     def __init__(self, title: str, names: Sequence[str], panels: int, panel_height: int) -> None:
-        self.colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
+        self.colours = {name: COLOURS.get(name, _OTHERS) for name in names}
         self._panel_height = panel_height
         width, height = _COLUMNS * _WIDTH, 70 + math.ceil(panels / _COLUMNS) * panel_height
         size = {"width": str(width), "height": str(height), "viewBox": f"0 0 {width} {height}"}

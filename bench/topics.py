@@ -48,15 +48,15 @@ def _printed(topic: str, measure: Callable[[], None]) -> Record:
 
 
 TOPICS: Final = {
-    "path": Topic("The path beside its peers", path.measure, full=(5, 2.0), quick=(1, 0.4)),
+    "path": Topic("The path beside its peers", path.measure, full=(5, 1.0), quick=(1, 0.25)),
     "reno": Topic(
         "The path with Reno for congestion control",
         partial(path.measure, control="reno"),
-        full=(5, 2.0),
-        quick=(1, 0.4),
+        full=(5, 1.0),
+        quick=(1, 0.25),
     ),
-    "growth": Topic("How cost grows", growth.measure, full=(3, 1.0), quick=(1, 0.2), draw=page.as_lines),
-    "network": Topic("On a network with loss and delay", network.measure, full=(3, 3.0), quick=(1, 1.0)),
+    "growth": Topic("How cost grows", growth.measure, full=(3, 0.7), quick=(1, 0.2), draw=page.as_lines),
+    "network": Topic("On a network with loss and delay", network.measure, full=(3, 2.0), quick=(1, 1.0)),
     "streams": Topic("One attested stream beside trio's TLS", _streams, full=(5, 1.0), quick=(1, 0.3)),
     "relay": Topic("The relay beside its peers", _relay, full=(9, 1.0), quick=(2, 0.3)),
 }
