@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from enlink.errors import EngError
+from enlink.errors import EngError, SystemFailure
 
 from bench import half_close
 from bench.page import as_markdown
@@ -46,9 +46,9 @@ def main() -> int:
                 slower += [f"{name}: {each}" for each in regressions(recorded[name], record)]
         if "half-close" in options.topics:
             half_close.run()
-    except EngError as error:
+    except (EngError, RuntimeError) as error:  # the latter of commands and programs that failed, with what they said
         print(f"bench: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.exit_code if isinstance(error, EngError) else SystemFailure.exit_code
     for each in slower:
         print(f"SLOWER {each}", file=sys.stderr)
     return 1 if slower else 0

@@ -10,10 +10,18 @@ from xml.etree import ElementTree as ET
 
 # Who stands in several pictures has the same colour in all of them.
 COLOURS: Final = {
-    **{"eng": "#d62728", "relay": "#d62728", "attested": "#9467bd", "direct": "#7f7f7f", "plain": "#7f7f7f"},
-    **{"4 socat": "#1f77b4", "socat": "#1f77b4", "socat TLS": "#17becf", "socat -b 256k": "#17becf"},
-    **{"4 haproxy": "#2ca02c", "haproxy": "#2ca02c", "trio.SSLStream": "#2ca02c"},
-    **{"openvpn": "#8c564b", "wireguard-go": "#e377c2"},
+    name: colour
+    for colour, names in {
+        "#d62728": ("eng", "relay"),
+        "#9467bd": ("attested",),
+        "#1f77b4": ("4 socat", "socat"),
+        "#17becf": ("socat TLS", "socat -b 256k"),
+        "#2ca02c": ("4 haproxy", "haproxy", "trio.SSLStream"),
+        "#8c564b": ("openvpn",),
+        "#e377c2": ("wireguard-go",),
+        "#7f7f7f": ("direct", "plain"),
+    }.items()
+    for name in names
 }
 _OTHERS: Final = "#bcbd22"
 _COLUMNS: Final = 3

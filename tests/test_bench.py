@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,13 @@ def test_nothing_is_measured_if_there_is_nothing_to_compare_with(tmp_path: Path)
     assert (done.returncode, done.stdout) == (69, "")
     assert done.stderr.startswith(f"bench: cannot read {tmp_path}/path.json (")
     assert done.stderr.count("\n") == 1
+
+
+def test_what_is_not_permitted_is_told_in_one_line() -> None:
+    argv = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-m", "bench", "growth", "--quick"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=FAR_BEYOND_S, check=False)
+    assert (done.returncode, done.stdout) == (71, "")
+    assert re.fullmatch("bench: ip netns add .*\n", done.stderr)
 
 
 def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
