@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import subprocess
 import sys
 import threading
 import time
@@ -72,6 +74,25 @@ def test_five_megabytes_of_random_data_come_back_unchanged(path: Path) -> None:
 def test_a_hundred_connections_one_after_another_are_all_served(path: Path) -> None:
     """Each is a new TCP connection through capture, both gateways and replay."""
     echo(path, "--bytes", "1000", "--connections", "100")
+
+
+def test_nothing_on_the_way_is_paced_twice(path: Path) -> None:
+    """The programs' own connections run Reno, whatever the hosts' default is; the links here are too short for BBR."""
+    script = f"""
+import socket, sys
+connection = socket.create_connection(({NOWHERE!r}, 7))
+print(connection.getsockopt(socket.IPPROTO_TCP, 13, 16).rstrip(bytes(1)).decode(), flush=True)
+sys.stdin.read()
+"""
+    argv = path.hosts["app"].argv([sys.executable, "-c", script])
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "reno\n"
+        sockets = {place: path.hosts[place].run("ss", "-Htni", "state", "established") for place in PLACES}
+    for place, listed in sockets.items():
+        assert re.search(r"\b69(79|80)\b", listed)  # its links
+        assert not re.search(r"\bbbr\b", listed), place
+    assert re.search(r"192\.168\.0\.254:7 .*\n.*\breno\b", sockets["server"])
 
 
 def test_the_program_keeps_the_address_that_it_dialled(path: Path) -> None:

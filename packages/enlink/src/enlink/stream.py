@@ -11,6 +11,7 @@ from typing import Final
 import trio
 
 from enlink.attempt import connect_tcp
+from enlink.congestion import unpace_if_short
 from enlink.connection import Unreachable, resolve
 from enlink.endpoint import Tcp
 from enlink.errors import NotPermitted
@@ -118,6 +119,7 @@ def tuned(stream: trio.SocketStream) -> trio.SocketStream:
         (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     ):
         stream.setsockopt(level, option, value)
+    unpace_if_short(stream.socket)
     return stream
 
 

@@ -316,17 +316,20 @@ def test_a_kernel_without_ipv6_is_no_obstacle(site: Site, tun: Tun, monkeypatch:
             "route flush table 6978",
             [
                 "route unreachable default metric 4294967295 table 6978 protocol 78",
-                "route default dev eng0 src 192.168.0.1 table 6978 protocol 78",
+                "route default dev eng0 src 192.168.0.1 table 6978 protocol 78 congctl reno",
             ],
         ),
         (
             "link set eng0 down",
-            ["link eng0 mtu 65535 up", "route default dev eng0 src 192.168.0.1 table 6978 protocol 78"],
+            ["link eng0 mtu 65535 up", "route default dev eng0 src 192.168.0.1 table 6978 protocol 78 congctl reno"],
         ),
         ("link set eng0 mtu 1280", ["link eng0 mtu 65535 up"]),
         (
             "address del 192.168.0.1/24 dev eng0",
-            ["address 192.168.0.1/24 dev eng0", "route default dev eng0 src 192.168.0.1 table 6978 protocol 78"],
+            [
+                "address 192.168.0.1/24 dev eng0",
+                "route default dev eng0 src 192.168.0.1 table 6978 protocol 78 congctl reno",
+            ],
         ),
     ],
 )

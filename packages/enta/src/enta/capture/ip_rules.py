@@ -25,6 +25,8 @@ DEVICE_SETTINGS = (
     ("ipv4", "accept_local", "0"),
     ("ipv4", "route_localnet", "0"),
 )
+# Of captured connections. The tunnel loses nothing, and its links pace where that is of use: twice would cost twice.
+CONGESTION_CONTROL = "reno"  # every kernel has it
 _NOT_CHOSEN_YET = IPv4Network("0.0.0.0/32")
 
 
@@ -60,8 +62,9 @@ class Route:
 
     def __str__(self) -> str:
         way = f"default dev {self.device} src {self.source}" if self.device else "unreachable default"
+        last = f" congctl {CONGESTION_CONTROL}" if self.device else ""
         metric = "" if self.device else f" metric {LAST_METRIC}"
-        return f"{way}{metric} table {self.table} protocol {ROUTE_PROTOCOL}"
+        return f"{way}{metric} table {self.table} protocol {ROUTE_PROTOCOL}{last}"
 
 
 def wanted_rules(plan: Plan) -> list[Rule]:

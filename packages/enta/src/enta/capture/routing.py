@@ -20,7 +20,16 @@ from enlink.errors import CannotCreate, NotPermitted, SystemFailure
 from pyroute2 import IPRoute  # type: ignore[import-untyped]  # ships no types
 from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]  # ships no types
 
-from enta.capture.ip_rules import DEVICE_SETTINGS, LAST_METRIC, MAIN_TABLE, Route, Rule, wanted_routes, wanted_rules
+from enta.capture.ip_rules import (
+    CONGESTION_CONTROL,
+    DEVICE_SETTINGS,
+    LAST_METRIC,
+    MAIN_TABLE,
+    Route,
+    Rule,
+    wanted_routes,
+    wanted_rules,
+)
 from enta.capture.plan import ROUTE_PROTOCOL, Identity, Plan, TransportProtocol
 
 # linux/if.h, linux/in.h, linux/rtnetlink.h, linux/fib_rules.h
@@ -262,7 +271,11 @@ def _route_request(route: Route) -> dict[str, Any]:
     }
     if route.device is None:
         return request | {"type": "unreachable", "priority": LAST_METRIC}
-    return request | {"prefsrc": str(route.source), "scope": _RT_SCOPE_LINK}
+    return request | {
+        "prefsrc": str(route.source),
+        "scope": _RT_SCOPE_LINK,
+        "metrics": {"cc_algo": CONGESTION_CONTROL},
+    }
 
 
 def _overlap(rule: Rule, other: Rule) -> bool:
