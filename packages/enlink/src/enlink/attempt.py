@@ -18,6 +18,7 @@ import outcome
 import trio
 
 from enlink import vsock
+from enlink.congestion import unpace_if_local
 from enlink.connection import LOOPBACK_IS_DOWN, Connection, Unreachable
 from enlink.endpoint import Endpoint, HybridVsock, Tcp, Unix, Vsock
 from enlink.errors import EngError, NotPermitted, UsageError
@@ -111,8 +112,10 @@ class Attempt:
             vsock.outlast(sock, self._deadline_s)
             return sock
         sock = self._sock = socket.socket(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        if self._mark is not None:
-            _set_mark(sock, self._mark, self._where)
+        if isinstance(self._endpoint, Tcp):
+            unpace_if_local(sock, self._address[0])
+            if self._mark is not None:
+                _set_mark(sock, self._mark, self._where)
         return sock
 
     def _connect(self, sock: socket.socket) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import socket
 import struct
+from functools import lru_cache
+from ipaddress import ip_address
 from typing import Final, TypeAlias
 
 import trio
@@ -26,19 +28,41 @@ UNPACED: Final = b"reno"
 SHORT_S: Final = 0.002  # a data centre; busy machines take a millisecond to answer
 
 
-def unpace_if_short(sock: Socket) -> bool:
+def unpace_if_short(sock: socket.socket) -> bool:
     """Switch a TCP connection from BBR to Reno if its handshake took less than `SHORT_S`. Returns whether it did.
 
     What other algorithm an administrator has chosen stays. Never raises: a connection works either way.
     """
     try:
-        name = sock.getsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, _NAME_BYTES).rstrip(b"\0")
-        if name != PACED or round_trip_s(sock) >= SHORT_S:
-            return False
-        sock.setsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, UNPACED)
+        return _is_paced(sock) and round_trip_s(sock) < SHORT_S and _unpace(sock)
     except OSError:  # no TCP, or gone
         return False
+
+
+def unpace_if_local(sock: socket.socket, host: str) -> bool:
+    """Switch a TCP socket from BBR to Reno if *host*, to connect to or to listen on, is an address of loopback.
+
+    Best before it connects or listens: a connection that BBR has had keeps the timer, though it need not wait for it.
+    Returns whether it did, and never raises, as `unpace_if_short`.
+    """
+    try:
+        return _is_loopback(host) and _is_paced(sock) and _unpace(sock)
+    except OSError:
+        return False
+
+
+def _is_paced(sock: socket.socket) -> bool:
+    return sock.getsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, _NAME_BYTES).rstrip(b"\0") == PACED
+
+
+def _unpace(sock: socket.socket) -> bool:
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, UNPACED)
     return True
+
+
+@lru_cache
+def _is_loopback(host: str) -> bool:
+    return ip_address(host).is_loopback
 
 
 def round_trip_s(sock: Socket) -> float:

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import trio
 from enlink.attempt import Found
+from enlink.congestion import unpace_if_local
 from enlink.connection import name_of
 from enlink.direction import abort
 from enlink.endpoint import CID_ANY, Tcp, Unix, Vsock
@@ -88,7 +89,9 @@ class Bridge:
         self._listeners = listeners
         for listener in listeners:
             if listener.family in _INTERNET:
-                _set_options(listener)  # for all that it accepts
+                # Whatever it accepts has these too.
+                _set_options(listener)
+                unpace_if_local(listener, listener.getsockname()[0])
         self._listen()
 
     def close(self) -> None:
