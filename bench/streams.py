@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -23,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "native"))
 import standin
 
 SIZES: Final = (65_536, 16_384, 1_400)
+SLICES: Final = 10
 
 Streams = tuple[trio.abc.Stream, trio.abc.Stream]
 Make = Callable[[Path], Awaitable[Streams]]
+Figure = Callable[..., Awaitable[float]]
 
 
 async def plain(_: Path) -> Streams:
@@ -114,16 +117,25 @@ async def round_trip(streams: Streams, seconds: float) -> float:
 
 
 async def measure(rounds: int, seconds: float) -> dict[str, dict[str, list[float]]]:
-    """Return the figures of each kind of stream, round by round."""
-    results: dict[str, dict[str, list[float]]] = {name: {} for name in MAKE}
+    """Return the figures of each kind of stream, round by round; *seconds* are for each figure and kind.
+
+    The kinds take turns many times a round, of whose figures the middle one counts: what else the machine does, on
+    the same core as well, changes what a second of processor time is worth from one moment to the next.
+    """
+    figures: dict[str, Figure] = {f"mb_per_cpu_s_{size}": partial(throughput, size=size) for size in SIZES}
+    figures["round_trip_cpu_us"] = round_trip
+    results: dict[str, dict[str, list[float]]] = {name: {figure: [] for figure in figures} for name in MAKE}
     with tempfile.TemporaryDirectory(prefix="eng-bench-") as directory:
         for _ in range(rounds):
-            for name, make in MAKE.items():
-                streams = await make(Path(directory))
-                figures = results[name]
-                for size in SIZES:
-                    figures.setdefault(f"mb_per_cpu_s_{size}", []).append(await throughput(streams, size, seconds))
-                figures.setdefault("round_trip_cpu_us", []).append(await round_trip(streams, seconds))
+            made = {name: await make(Path(directory)) for name, make in MAKE.items()}
+            for figure, take in figures.items():
+                slices: dict[str, list[float]] = {name: [] for name in made}
+                for _ in range(SLICES):
+                    for name, streams in made.items():
+                        slices[name].append(await take(streams, seconds=seconds / SLICES))
+                for name, values in slices.items():
+                    results[name][figure].append(statistics.median(values))
+            for streams in made.values():
                 for stream in streams:
                     await trio.aclose_forcefully(stream)
     return results
@@ -147,7 +159,7 @@ def main() -> None:
     results = trio.run(measure, rounds, seconds)
     print(f"{'':22}", *(f"{name:>16}" for name in results), f"{'attested/SSLStream':>20}", sep="")
     for figure in results["plain"]:
-        medians = {name: statistics.median(figures[figure]) for name, figures in results.items()}
-        cells = "".join(f"{median:16.1f}" for median in medians.values())
-        print(f"{figure:22}{cells}{medians['attested'] / medians['trio.SSLStream']:20.2f}")
+        cells = "".join(f"{statistics.median(figures[figure]):16.1f}" for figures in results.values())
+        pairs = zip(results["attested"][figure], results["trio.SSLStream"][figure], strict=True)
+        print(f"{figure:22}{cells}{statistics.median(ours / theirs for ours, theirs in pairs):20.2f}")
     print(json.dumps({"rounds": rounds, "seconds": seconds, "results": results}))

@@ -108,11 +108,11 @@ class RatsTlsStream(trio.abc.Stream):
             self._room = memoryview(bytearray(limit_bytes))
         room = self._room[:limit_bytes]
         with self._receiving:
+            await trio.lowlevel.checkpoint_if_cancelled()
             self._check_open()
-            if not self.engine.is_starved:
-                await trio.lowlevel.checkpoint()
-                self._check_open()
-            while (count := self.engine.read(room)) is None:
+            if (count := self.engine.read(room)) is not None:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+            while count is None:
                 try:
                     ciphertext = await self.transport.receive_some(CIPHERTEXT_BYTES)
                 except trio.BrokenResourceError as error:
@@ -123,6 +123,7 @@ class RatsTlsStream(trio.abc.Stream):
                 else:
                     self._check_open()
                     self.engine.feed(ciphertext)
+                count = self.engine.read(room)
             return bytes(room[:count])
 
     async def aclose(self) -> None:
