@@ -9,14 +9,14 @@ from typing import Final
 from bench.record import Record, more_is_better
 
 OURS: Final = ("eng", "attested", "relay")
-SLACK: Final = 1.1  # two runs of the same code differ by that, whatever the spread within either
+SLACK: Final = 1.1  # two runs of the same code differ by that even where the rounds of one do not
 
 
 def regressions(recorded: Record, now: Record) -> list[str]:
     """Return a sentence for each figure of ours that has become worse beside every other column.
 
-    Worse than the recorded median ratio by more than the recorded rounds lie apart, and a tenth. What is worse beside
-    some columns only is these columns' gain.
+    That is worse than the worst recorded round by a tenth. What is worse beside some columns only is these columns' gain,
+    or noise, which seldom strikes beside all of them.
     """
     ours = [name for name in OURS if name in recorded.results and name in now.results]
     others = [name for name in recorded.results if name not in OURS and name in now.results]
@@ -36,9 +36,10 @@ def _least_change(recorded: Record, now: Record, figure: str, ours: str, others:
         then, today = recorded.ratios(figure, ours, other), now.ratios(figure, ours, other)
         if not then or not today or min(then) <= 0 or math.inf in then + today:
             continue  # too small a figure to be seen, such as a cost of nothing
-        worse, better = statistics.median(today), statistics.median(then)
+        before, after = statistics.median(then), statistics.median(today)
         if more_is_better(figure):
-            worse, better = better, worse
-        change = worse / better if better else math.inf
-        changes.append((change, SLACK * max(then) / min(then)))
+            change, spread = before / after if after else math.inf, before / min(then)
+        else:
+            change, spread = after / before, max(then) / before
+        changes.append((change, SLACK * spread))
     return min(changes, key=lambda each: each[0] / each[1], default=(1.0, SLACK))
