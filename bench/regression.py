@@ -15,8 +15,8 @@ SLACK: Final = 1.1  # two runs of the same code differ by that even where the ro
 def regressions(recorded: Record, now: Record) -> list[str]:
     """Return a sentence for each figure of ours that has become worse beside every other column.
 
-    That is worse than the worst recorded round by a tenth. What is worse beside some columns only is these columns' gain,
-    or noise, which seldom strikes beside all of them.
+    Worse by a tenth than the worst recorded round, that is. What is worse beside some columns only is these columns'
+    gain, or noise, which seldom strikes beside all of them.
     """
     ours = [name for name in OURS if name in recorded.results and name in now.results]
     others = [name for name in recorded.results if name not in OURS and name in now.results]
