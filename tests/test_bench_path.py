@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from bench import growth, network, path
-from bench.courses import KINDS, PORT
+from bench.courses import KINDS, PORT, with_control
 from bench.record import Record
 
 SECONDS = 0.02  # as little as can be
@@ -40,6 +40,14 @@ def test_the_path_is_measured_beside_the_direct_one() -> None:
     assert record.results["eng"]["lost_of_1000"] == [0]
     assert record.goals["1,000 connections at once, lost: none"][1]
     assert not any("socat" in goal for goal in record.goals)
+
+
+def test_another_congestion_control_is_one_of_all_hosts_and_of_the_record() -> None:
+    with KINDS["direct"].open(with_control("reno")) as course:
+        controls = {host.run("sysctl", "-n", "net.ipv4.tcp_congestion_control") for host in course.hosts.values()}
+        assert controls == {"reno\n"}
+    record = path.measure(rounds=0, seconds=SECONDS, names=["direct"], control="reno")
+    assert (record.topic, record.machine["congestion control"]) == ("reno", "reno")
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.missing() and name != "eng"])
