@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import standin
 from attested_pair import POLICY, Pair, attested_pair
+from enlink.testing.programs import started
 from enlink.testing.state import difference, network_state
 from path import BIN
 
@@ -17,6 +19,7 @@ AGENT = "enta client --capture 7 --entg-connect 10.81.1.2:6980 --entg-rats-tls"
 SERVER_AGENT = "enta server --replay 7 --entg-connect 10.81.1.2:6980 --entg-rats-tls"
 GATEWAY = "entg --enta-rats-tls"
 DIALLER = "entg --entg-connect 10.81.1.2:6979 --entg-rats-tls"
+HARDENED = Path(__file__).parent / "native" / "hardened.py"
 WITHOUT_RATSTLS = "import sys; sys.modules['ratstls'] = None; from {0}.cli import main; sys.exit(main())"
 
 
@@ -129,3 +132,17 @@ def test_what_is_insecure_is_said_at_start(pair: Pair, insecure: str) -> None:
         agent.wait_until_ready()
         assert agent.events("insecure")
         assert bool(gateway.events("insecure")) == ("no-attestation" in insecure)
+
+
+@pytest.mark.proves("D19")
+def test_attested_links_need_no_memory_that_is_both_writable_and_executable(pair: Pair) -> None:
+    """The units in deploy/systemd deny it. Both sides judge each other, which takes a callback from C."""
+    under = (*pair.under({}), sys.executable, str(HARDENED))
+    judging = ("--attester", "sgx_ecdsa", "--mutual", "--policy", str(pair.policy))
+    gateway_argv = ("--enta-rats-tls", "--entg-connect", "127.0.0.1:6979", *judging)
+    with (
+        started(pair.near, "entg", *gateway_argv, under=under),
+        started(pair.app, *AGENT.split(), *judging, under=under) as agent,
+    ):
+        agent.wait_until_ready()
+        assert "sgx_ecdsa" in agent.status()["uplink"]["attested"]["peer"]

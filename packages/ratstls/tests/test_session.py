@@ -13,9 +13,9 @@ from ratstls._ffi import Callback, CData, ffi
 from ratstls._layout import LAYOUTS
 from ratstls._library import Library
 from ratstls._plugins import Plugins
-from ratstls._session import Session
+from ratstls._session import Session, _callback
 from ratstls.config import SessionConfig
-from ratstls.errors import AttestationRejected, ConfigError, HandshakeError
+from ratstls.errors import AttestationRejected, ConfigError, HandshakeError, LoadError
 from ratstls.evidence import Evidence
 from ratstls.verdict import Verdict
 
@@ -240,6 +240,19 @@ def test_evidence_outside_a_handshake_is_refused(fake: FakeLibrary) -> None:
     opened(fake)
     assert fake._callback is not None
     assert fake._callback(ffi.new("char[]", 160)) == 0
+
+
+def test_where_there_can_be_no_callback_there_is_no_session(fake: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one the library would accept everybody."""
+
+    def refuse(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("ctypes.CFUNCTYPE", lambda *_: refuse)
+    _callback.cache_clear()
+    with pytest.raises(LoadError, match="lets no process make callbacks"):
+        session_of(fake).init()
+    assert fake.handles == {}
 
 
 def test_sending_is_repeated_with_the_same_bytes(fake: FakeLibrary) -> None:

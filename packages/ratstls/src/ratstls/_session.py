@@ -9,7 +9,9 @@ Invariants, each broken at the price of memory corruption:
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import functools
 import logging
 import signal
 import threading
@@ -20,7 +22,7 @@ from ratstls._ffi import CData, ffi
 from ratstls._layout import make_conf, read_evidence
 from ratstls._library import Library
 from ratstls.config import SessionConfig
-from ratstls.errors import AttestationRejected, error_from
+from ratstls.errors import AttestationRejected, LoadError, error_from
 from ratstls.evidence import Evidence
 from ratstls.verdict import Verdict
 
@@ -77,11 +79,13 @@ class Session:
         """Make the handle: keys, and evidence if this side attests, which may take seconds: call it in a worker thread.
 
         Raises:
+            LoadError: this process can have no callbacks.
             ConfigError: a plug-in is missing or does not work here, or this build cannot do what is asked.
             EvidenceError: this machine could not produce evidence.
         """
         self._enter(_State.NEW)
         try:
+            callback, _ = _callback()
             self._library.plugins.require(self._config)
             self._library.rehearse(self._config)
             conf, kept = make_conf(self._config, self._library.layout)
@@ -91,7 +95,7 @@ class Session:
             if code != 0:
                 raise error_from("rats_tls_init", code)
             self._state = _State.READY
-            self._lib.rats_tls_set_verification_callback(self._handle, _on_evidence)
+            self._lib.rats_tls_set_verification_callback(self._handle, callback)
         finally:
             self._inside.release()
 
@@ -226,11 +230,30 @@ class Session:
             raise RuntimeError(f"this RATS-TLS session {self._state.value}")
 
 
-def _judge_failed(_: object, error: BaseException, __: object) -> None:
-    _thread.session._judge_error = error  # noqa: SLF001 - the callback is the session's own, C has no room for a self
-
-
-@ffi.callback("rats_tls_callback_t", error=0, onerror=_judge_failed)
-def _on_evidence(pointer: CData) -> int:
+def _on_evidence(address: int | None) -> int:
+    """Say yes or no to C, in which no exception may end: what it would take for the answer then is anybody's guess."""
     session: Session | None = getattr(_thread, "session", None)
-    return int(session is not None and session._judge_evidence(pointer))  # noqa: SLF001 - as above
+    if session is None:
+        return 0
+    try:
+        return int(session._judge_evidence(ffi.cast("void *", address or 0)))  # noqa: SLF001 - C has no room for a self
+    except BaseException as error:  # noqa: BLE001 - raised out of negotiate
+        session._judge_error = error  # noqa: SLF001 - as above
+        return 0
+
+
+@functools.cache
+def _callback() -> tuple[CData, object]:
+    """Return the one callback there is, as C sees it and what keeps it alive.
+
+    It is ctypes' and not cffi's, which writes code into memory that must be executable at the same time: hardened
+    systems refuse that, and libffi, behind ctypes, has other ways then.
+    """
+    try:
+        kept = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(_on_evidence)
+    except MemoryError as error:
+        raise LoadError(
+            "this system lets no process make callbacks: allow it memfd_create, or memory that is both writable and"
+            " executable (MemoryDenyWriteExecute=no)"
+        ) from error
+    return ffi.cast("rats_tls_callback_t", ctypes.cast(kept, ctypes.c_void_p).value or 0), kept
