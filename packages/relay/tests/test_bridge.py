@@ -7,18 +7,25 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import dns.message
+import dns.rdatatype
+import dns.rrset
 import pytest
 import trio
 from enlink.endpoint import Tcp, Unix
 from enlink.errors import ConfigError
 from enlink.supervise import Stopping
+from enlink.testing.hosts import Network
 from enlink.testing.programs import in_trio, until
 from relay.allowlist import parse_rule
 from relay.bridge import Bridge
 from relay.config import BridgeConfig, RelayConfig
+from relay.resolver import open_resolver
 from relay.service import Relay, open_relay
 
 
@@ -26,18 +33,21 @@ class Faulty(socket.socket):
     """A listening socket whose accept(2) fails now and then."""
 
     failures: list[int]
+    accepted: list[socket.socket]
 
     def accept(self) -> tuple[socket.socket, Any]:
         if self.failures:
             number = self.failures.pop()
             raise OSError(number, os.strerror(number))
-        return super().accept()
+        connection, peer = super().accept()
+        self.accepted.append(connection)
+        return connection, peer
 
 
 @pytest.fixture
 def listener() -> Iterator[Faulty]:
     with Faulty() as listener:
-        listener.failures = []
+        listener.failures, listener.accepted = [], []
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         listener.setblocking(False)
@@ -54,7 +64,8 @@ def server() -> Iterator[socket.socket]:
 
 @asynccontextmanager
 async def relaying(listener: socket.socket, server: socket.socket, **settings: Any) -> AsyncIterator[Relay]:
-    bridge = BridgeConfig(listen=Tcp(*listener.getsockname()), target=Tcp(*server.getsockname()), **settings)
+    settings.setdefault("target", Tcp(*server.getsockname()))
+    bridge = BridgeConfig(listen=Tcp(*listener.getsockname()), **settings)
     stopping = Stopping()
     async with open_relay(RelayConfig(bridges=(bridge,), grace_s=0)) as relay, trio.open_nursery() as nursery:
         nursery.start_soon(relay.run, [[listener]], stopping)
@@ -155,6 +166,24 @@ def test_what_is_told_of_a_connection_is_how_it_ended_and_what_it_carried(
     assert vars(line)["fields"]["how"] == "eof"
 
 
+def test_what_is_accepted_has_the_listeners_options(listener: Faulty, server: socket.socket) -> None:
+    """They are set once, and not for each connection: the kernel hands them on."""
+
+    async def test() -> None:
+        async with relaying(listener, server), await trio.open_tcp_stream(*listener.getsockname()):
+            await until(lambda: bool(listener.accepted))
+            for level, option, value in (
+                (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+                (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+                (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+                (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),
+                (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+            ):
+                assert listener.accepted[0].getsockopt(level, option) == value
+
+    in_trio(test)()
+
+
 def test_rules_that_can_never_allow_the_target_are_told_at_the_start() -> None:
     async def test() -> None:
         rules = (parse_rule("127.0.0.1:81"),)
@@ -164,3 +193,66 @@ def test_rules_that_can_never_allow_the_target_are_told_at_the_start() -> None:
                 pass
 
     in_trio(test)()
+
+
+class NameServer:
+    """Answers every question for an IPv4 address with one and the same, which is good for no time."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.sock = trio.socket.socket(type=socket.SOCK_DGRAM)
+
+    async def serve(self) -> None:
+        with self.sock:
+            while True:
+                wire, peer = await self.sock.recvfrom(4096)
+                query = dns.message.from_wire(wire)
+                response = dns.message.make_response(query)
+                (question,) = query.question
+                if question.rdtype == dns.rdatatype.A:
+                    response.answer.append(dns.rrset.from_text(question.name, 0, "IN", "A", self.address))
+                await self.sock.sendto(response.to_wire(), peer)
+
+
+@pytest.mark.proves("D23", "F29")
+@pytest.mark.parametrize("address", ["169.254.169.254", "127.0.0.1", "10.0.0.1"])
+def test_a_name_that_turns_to_another_address_is_refused_and_the_connections_it_has_go_on(
+    address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From a real name server, through real look-ups, to a client that is told by a reset."""
+    public = "93.184.215.14"  # on a host of this test's own
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\n")
+
+    async def test() -> None:
+        names = NameServer(public)
+        await names.sock.bind(("127.0.0.1", 0))
+        port = names.sock.getsockname()[1]
+        resolver = partial(open_resolver, resolv_conf=tmp_path / "resolv.conf", hosts=tmp_path / "hosts", dns_port=port)
+        monkeypatch.setattr("relay.service.open_resolver", resolver)
+        listener, server = socket.create_server(("127.0.0.1", 0)), socket.create_server((public, 0))
+        for sock in (listener, server):
+            sock.setblocking(False)
+        target = Tcp("server.example", server.getsockname()[1])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(names.serve)
+            async with (
+                relaying(listener, server, target=target) as relay,
+                await trio.open_tcp_stream(*listener.getsockname()) as old,
+            ):
+                accepted, _ = await trio.socket.from_stdlib_socket(server).accept()
+                with server, accepted:
+                    names.address = address
+                    while "rebind" not in bridge_of(relay)["ended"]:  # as long as the answer is good
+                        with suppress(OSError, trio.BrokenResourceError):
+                            async with await trio.open_tcp_stream(*listener.getsockname()) as client:
+                                with trio.move_on_after(0.1):
+                                    await client.receive_some(1)
+                    await accepted.send(b"still here")
+                    assert await old.receive_some(100) == b"still here"
+            nursery.cancel_scope.cancel()
+
+    with Network() as network:
+        host = network.host("names")
+        host.run("ip", "address", "add", f"{public}/32", "dev", "lo")
+        with host.entered():
+            in_trio(test)()

@@ -216,6 +216,33 @@ def test_the_hosts_file_is_read_again_when_it_has_changed(tmp_path: Path) -> Non
     in_world(tmp_path, scenario)
 
 
+def test_what_is_known_is_told_at_once_and_nothing_else(tmp_path: Path) -> None:
+    """As long as no file has changed and no answer is too old, and there is one."""
+
+    async def scenario(world: World) -> None:
+        known = world.resolver.known
+        assert known("db.example") is None
+        asked = await world.resolver.resolve("db.example")
+        assert known("DB.example") is asked
+        assert known("db.example", 4) is None
+        assert known("box", 4) == (ip_address("10.0.0.7"),)
+        assert known("box", 6) is None
+        assert known("192.0.2.9") == (ip_address("192.0.2.9"),)
+        world.hosts.write_text("10.0.0.8 box\n")
+        assert known("box") is None
+        assert known("db.example") is None
+        assert await world.ask("box") == ["10.0.0.8"]
+        assert known("box") == (ip_address("10.0.0.8"),)
+        assert known("db.example") is asked
+        world.clock.jump(60)
+        assert known("db.example") is None
+        world.server.mood = "servfail"
+        assert await world.resolver.resolve("db.example") == asked, "the last good answer"
+        assert known("db.example") is None, "since that is to be said of it"
+
+    in_world(tmp_path, scenario)
+
+
 def test_the_search_list_and_a_change_of_the_resolv_conf_are_honoured(tmp_path: Path) -> None:
     async def scenario(world: World) -> None:
         assert await world.ask("four") == ["192.0.2.4"]
