@@ -217,13 +217,21 @@ def _throughput(host: Host, course: Course, count: int, seconds: float) -> Figur
     return {**figures, f"cpu_s_per_gb, {name}": used_s / found["gigabytes"]} if course.pid else figures
 
 
+def _rate(host: Host, course: Course, seconds: float) -> Figures:
+    before_s = _cpu_when_quiet_s(course.pid)
+    found = _load(host, "connections", course.port, seconds)
+    used_s = _cpu_when_quiet_s(course.pid) - before_s
+    figures = {"per_s": found["per_s"]}
+    return {**figures, "cpu_us_per_connection": used_s / found["count"] * 1e6} if course.pid else figures
+
+
 def _measure(host: Host, courses: dict[str, Course], names: Sequence[str], size: Size) -> dict[str, Figures]:
     """Take every figure of one round: each of all courses at once, since the machine may be another a second later."""
     measures: list[Callable[[Course], Figures]] = [
         lambda course: _throughput(host, course, 1, size.seconds),
         lambda course: _throughput(host, course, MANY, size.seconds),
         lambda course: _load(host, "round_trips", course.port, size.seconds),
-        lambda course: _load(host, "connections", course.port, size.seconds),
+        lambda course: _rate(host, course, size.seconds),
     ]
     found: dict[str, Figures] = {name: {} for name in courses}
     for measure in measures:
@@ -274,6 +282,8 @@ def _goals(rounds: Sequence[dict[str, Figures]]) -> dict[str, tuple[float, bool]
             goals[f"cpu_s_per_gb, {load}: below {name}"] = cost, cost < 1
         if is_socat:
             trip, rate = ratio("p50_us", name), ratio("per_s", name)
+            cost = ratio("cpu_us_per_connection", name)
+            goals[f"cpu_us_per_connection: below {name}"] = cost, cost < 1
             goals[f"p50_us: no worse than {name}"] = trip, trip <= 1
             goals[f"per_s: 2 × {name}"] = rate, rate >= 2
     return goals

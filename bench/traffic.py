@@ -127,7 +127,7 @@ def connections(port: int, seconds: float) -> dict[str, float]:
         with connect(port, MESSAGE) as connection:
             _receive(connection)
         done += 1
-    return {"per_s": done / (time.monotonic() - began_s)}
+    return {"count": done, "per_s": done / (time.monotonic() - began_s)}
 
 
 def hold(port: int, count: int) -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 FAR_BEYOND_S = 55.0
 FIGURES = {
     *(f"{figure}, {load}" for figure in ("mbit_s", "cpu_s_per_gb") for load in ("1 connection", "64 connections")),
-    *("p50_us", "p99_us", "per_s", "memory_kib", "memory_kib_per_connection"),
+    *("p50_us", "p99_us", "per_s", "cpu_us_per_connection", "memory_kib", "memory_kib_per_connection"),
 }
 
 
