@@ -171,6 +171,17 @@ def test_vsock_proxy_is_a_relay_with_its_own_list(understood: Callable[..., Rela
     assert (bridge.max_connections, [str(rule) for rule in bridge.allow]) == (9, ["kms.example:443"])
 
 
+def test_vsock_proxy_looks_listed_names_up_for_a_target_that_is_an_address(
+    understood: Callable[..., RelayConfig], refused: Refuse, tmp_path: Path
+) -> None:
+    (tmp_path / "list.yaml").write_text("allowlist:\n- {address: localhost, port: 9000}\n")
+    config = understood(*f"vsock-proxy 8000 127.0.0.1 9000 --config {tmp_path}/list.yaml".split())
+    assert [str(rule) for rule in config.bridges[0].allow] == ["localhost:9000", "127.0.0.1:9000"]
+    code, line = refused(*f"vsock-proxy 8000 127.0.0.2 9000 --config {tmp_path}/list.yaml".split())
+    assert code == 78
+    assert "list.yaml does not allow 127.0.0.2 port 9000" in line
+
+
 # What each option does. What they do under load is in tests/test_relay_load.py.
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+import trio
 from enlink.endpoint import Tcp, Vsock
 from enlink.errors import ConfigError, UsageError
 from enlink.program import ProgramParser
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from relay.addresses import Address
 from relay.allowlist import AllowList
-from relay.vsock_proxy import DEFAULT_FILE, VsockProxy, add_arguments, from_options, read_allowlist
+from relay.resolver import NameNotResolved
+from relay.vsock_proxy import DEFAULT_FILE, VsockProxy, add_arguments, from_options, read_allowlist, settle
 
 KMS = "kms.us-east-1.amazonaws.com"
 AS_SHIPPED = f"""\
@@ -113,6 +117,40 @@ def test_a_target_that_the_list_does_not_have_is_refused_at_the_start(host: str,
     assert str(raised.value) == (
         f"{file} does not allow {host} port {port}: add - {{address: '{host}', port: {port}}} to its allowlist"
     )
+
+
+ADDRESSES = {
+    KMS: ("192.0.2.1", "93.184.215.14", "2001:db8::1"),
+    "kms-fips.us-east-1.amazonaws.com": ("169.254.169.254", "52.94.4.1"),
+}
+
+
+async def resolve(name: str, family: int | None) -> tuple[Address, ...]:
+    """What the DNS says; nothing of other names, as when it fails."""
+    if name not in ADDRESSES:
+        raise NameNotResolved(f"cannot resolve {name}: no answer")
+    return tuple(found for found in map(ip_address, ADDRESSES[name]) if family in (None, found.version))
+
+
+@pytest.mark.parametrize("host", ["93.184.215.14", "52.94.4.1", "::ffff:52.94.4.1"])
+def test_an_address_that_a_listed_name_has_is_allowed_as_vsock_proxy_allows_it(host: str, file: Path) -> None:
+    file.write_text(AS_SHIPPED.replace("allowlist:", "allowlist:\n- {address: nowhere.example, port: 443}"))
+    proxy = trio.run(settle, parse("8000", host, "443", "--config", str(file)), resolve)
+    assert AllowList(proxy.allow).judge_host(host, 443).is_allowed
+    assert not AllowList(proxy.allow).judge_host("93.184.215.15", 443).is_allowed
+    assert not AllowList(proxy.allow).judge_host(host, 80).is_allowed
+    assert trio.run(settle, proxy, resolve) == proxy
+
+
+@pytest.mark.parametrize(
+    ("host", "family"),
+    [("93.184.215.15", ()), ("169.254.169.254", ()), ("2606:2800::1", ("-6",))],
+)
+def test_an_address_that_no_listed_name_has_or_may_have_is_refused(
+    host: str, family: tuple[str, ...], file: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"does not allow {host} port 443"):
+        trio.run(settle, parse("8000", host, "443", *family, "--config", str(file)), resolve)
 
 
 def test_an_empty_list_allows_nothing(file: Path) -> None:

@@ -22,8 +22,9 @@ from enlink.supervise import stop_signals
 from relay import __version__
 from relay.config import BRIDGE_SETTINGS, RELAY_SETTINGS, BridgeConfig, RelayConfig, parse_file
 from relay.loopback import set_up_loopback
+from relay.resolver import open_resolver
 from relay.service import listening_on, open_relay
-from relay.vsock_proxy import add_arguments, from_options
+from relay.vsock_proxy import add_arguments, from_options, settle
 from relay.workers import Share, Workers, own_share
 
 _DESCRIPTION = """\
@@ -219,6 +220,9 @@ async def _relay(options: argparse.Namespace) -> None:
 
 async def _vsock_proxy(options: argparse.Namespace) -> None:
     proxy = from_options(options)
+    if proxy.names:
+        async with open_resolver() as resolver:
+            proxy = await settle(proxy, resolver.resolve)
     bridge = BridgeConfig(
         listen=proxy.listen, target=proxy.target, allow=proxy.allow, max_connections=proxy.max_connections
     )

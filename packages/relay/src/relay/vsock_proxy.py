@@ -1,29 +1,33 @@
 """Understand the command line and the allow-list of AWS's vsock-proxy, so that the relay can take its place.
 
 What is accepted, and the defaults, are those of vsock-proxy in aws-nitro-enclaves-cli. Its list holds exact addresses,
-as names or as IP addresses, which match a target that is spelled so or has that address. Where vsock-proxy would go on
-with an entry that it cannot use, or cut a port to 16 bits, this is an error here.
+as names or as IP addresses, which match a target that is spelled so or has that address: a target that is an address
+may be that of a listed name, which is looked up once, at the start. Where vsock-proxy would go on with an entry that it
+cannot use, or cut a port to 16 bits, this is an error here.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from enlink.endpoint import VSOCK_PORT_ANY, Tcp, Vsock
-from enlink.errors import ConfigError, UsageError
+from enlink.errors import ConfigError, Unavailable, UsageError
 
-from relay.allowlist import AllowList, Rule, canonical_name, rule_for
+from relay.addresses import Address, plain
+from relay.allowlist import AllowList, NameRule, Rule, canonical_name, rule_for
 
 DEFAULT_FILE: Final = Path("/etc/nitro_enclaves/vsock-proxy.yaml")
 DEFAULT_WORKERS: Final = 4
 _MOST_WORKERS: Final = 2**31 - 1
 _ENTRY: Final = "- {address: kms.us-east-1.amazonaws.com, port: 443}"
+
+Resolve: TypeAlias = Callable[[str, Literal[4, 6] | None], Awaitable[Sequence[Address]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +39,16 @@ class VsockProxy:
         target: with the family, if only one is wanted.
         allow: the entries of the list, of which at least one allows the target or may allow its addresses.
         max_connections: so many at once, which vsock-proxy calls workers; more wait in the backlog.
+        list_file: where the list is.
+        names: listed names, of which one must lead to the target, an address that is not listed itself; see `settle`.
     """
 
     listen: Vsock
     target: Tcp
     allow: tuple[Rule, ...]
     max_connections: int
+    list_file: Path
+    names: tuple[str, ...] = ()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,17 +82,50 @@ def from_options(options: argparse.Namespace) -> VsockProxy:
 
     Raises:
         UsageError: the target is an address of the family that is not wanted.
-        ConfigError: the list cannot be read or understood, or does not have the target.
+        ConfigError: the list cannot be read or understood, or cannot have the target.
     """
     family: Literal[4, 6] | None = 4 if options.ipv4 else 6 if options.ipv6 else None
     host, port = options.remote_addr, options.remote_port
     if family not in (None, _version(host) or family):
         raise UsageError(f"remote_addr {host!r} is no IPv{family} address: leave out -{family}")
-    allow = read_allowlist(options.allowlist_file)
+    file: Path = options.allowlist_file
+    allow = read_allowlist(file)
+    names: tuple[str, ...] = ()
     if not AllowList(allow).judge_host(host, port).is_allowed:
-        entry = f"- {{address: '{host}', port: {port}}}"
-        raise ConfigError(f"{options.allowlist_file} does not allow {host} port {port}: add {entry} to its allowlist")
-    return VsockProxy(Vsock(None, options.local_port), Tcp(host, port, family), allow, options.num_workers)
+        if _version(host):
+            names = tuple(rule.name for rule in allow if isinstance(rule, NameRule) and port in rule.ports)
+        if not names:
+            raise _not_allowed(file, host, port)
+    return VsockProxy(Vsock(None, options.local_port), Tcp(host, port, family), allow, options.num_workers, file, names)
+
+
+async def settle(proxy: VsockProxy, resolve: Resolve) -> VsockProxy:
+    """Return *proxy* as it is, or with its target allowed because one of its `names` leads there now.
+
+    An address that the name may not lead to, such as a metadata service's, is not allowed by that.
+
+    Raises:
+        ConfigError: none does.
+    """
+    host, port = proxy.target.host or "", proxy.target.port
+    judge = AllowList(proxy.allow)
+    for name in proxy.names:
+        try:
+            addresses = await resolve(name, proxy.target.family)
+        except Unavailable:  # the resolver has said so
+            continue
+        verdicts = judge.judge_answer(name, port, addresses)
+        allowed = [plain(address) for address, verdict in zip(addresses, verdicts, strict=True) if verdict.is_allowed]
+        if plain(ip_address(host)) in allowed:
+            return replace(proxy, allow=(*proxy.allow, rule_for(host, port)), names=())
+    if proxy.names:
+        raise _not_allowed(proxy.list_file, host, port)
+    return proxy
+
+
+def _not_allowed(file: Path, host: str, port: int) -> ConfigError:
+    entry = f"- {{address: '{host}', port: {port}}}"
+    return ConfigError(f"{file} does not allow {host} port {port}: add {entry} to its allowlist")
 
 
 def read_allowlist(path: Path) -> tuple[Rule, ...]:
