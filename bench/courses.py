@@ -87,8 +87,11 @@ class Kind:
 @contextmanager
 def through_eng(path: Path) -> Iterator[Course]:
     """Captured, four programs, replayed."""
-    path.start()
-    with path.running("server", sys.executable, LOAD, "serve", PORT):
+    with ExitStack() as stack:
+        for program in path.programs.values():
+            stack.callback(program.end)  # before the wires go, over which they part
+        path.start()
+        stack.enter_context(path.running("server", sys.executable, LOAD, "serve", PORT))
         yield Course(path.hosts, "1.1.1.1", list(path.programs.values()))
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path as FilePath
 from typing import Final
 
@@ -33,26 +34,24 @@ def measure(*, rounds: int, seconds: float, names: Sequence[str] = COURSES) -> R
     names, missing = installed(names)
     results: Results = {name: {} for name in names}
     foreign: list[float] = []
-    for delay_ms in DELAYS_MS:
+    for delay_ms, lost in product(DELAYS_MS, LOST_OF_1000):
+        # Made anew for each: a link that has met losses stays slow for a while on a network without any.
         with ExitStack() as stack:
-            courses = opened(stack, names, slow_wire(delay_ms))
-            measures = [partial(_measure, delay_ms=delay_ms, lost=lost, seconds=seconds) for lost in LOST_OF_1000]
-            found, shares = interleaved(courses, measures, rounds)
+            courses = opened(stack, names, slow_wire(delay_ms, lost))
+            network = f"{delay_ms} ms one way, {lost / 10:g} % lost"
+            found, shares = interleaved(courses, [partial(_measure, network=network, seconds=seconds)], rounds)
             foreign += shares
             for name, figures in found.items():
                 results[name].update(figures)
     return Record("network", rounds, seconds, results, {}, foreign, missing, describe_machine(CONTROL))
 
 
-def _measure(course: Course, delay_ms: int, lost: int, seconds: float) -> Figures:
-    for host in (course.hosts["near"], course.hosts["far"]):
-        lose(host, lost)
-    name = f"{delay_ms} ms one way, {lost / 10:g} % lost"
+def _measure(course: Course, network: str, seconds: float) -> Figures:
     trips = course.load("round_trips", seconds)
     return {
-        f"up_mbit_s, {name}": course.load("up", seconds)["mbit_s"],
-        f"p50_ms, {name}": trips["p50_us"] / 1000,
-        f"p99_ms, {name}": trips["p99_us"] / 1000,
+        f"up_mbit_s, {network}": course.load("up", seconds)["mbit_s"],
+        f"p50_ms, {network}": trips["p50_us"] / 1000,
+        f"p99_ms, {network}": trips["p99_us"] / 1000,
     }
 
 
@@ -74,8 +73,12 @@ def lose(host: Host, lost: int) -> None:
     )
 
 
-def slow_wire(delay_ms: float) -> Setting:
-    """A wire that takes so long each way, in place of the one between the gateways, and TCP that minds losses."""
+def slow_wire(delay_ms: float, lost: int = 0) -> Setting:
+    """A wire that takes so long each way, in place of the one between the gateways, and TCP that minds losses.
+
+    Args:
+        lost: of 1,000 packets each way.
+    """
 
     @contextmanager
     def setting(path: Path) -> Iterator[None]:
@@ -86,6 +89,7 @@ def slow_wire(delay_ms: float) -> Setting:
             for host, address in ((near, "10.81.2.1"), (far, PEER_GATEWAY)):
                 host.run("ip", "address", "add", f"{address}/24", "dev", DEVICE)
                 host.run("ip", "link", "set", DEVICE, "up", "mtu", "1500", "txqueuelen", "5000")
+                lose(host, lost)
             yield
 
     return setting
