@@ -77,7 +77,7 @@ def test_a_hundred_connections_one_after_another_are_all_served(path: Path) -> N
 
 
 def test_nothing_on_the_way_is_paced_twice(path: Path) -> None:
-    """The programs' own connections run Reno, whatever the hosts' default is; the links here are too short for BBR."""
+    """The programs' own connections run Reno with ECN, whatever is usual here; the links are too short for BBR."""
     script = f"""
 import socket, sys
 connection = socket.create_connection(({NOWHERE!r}, 7))
@@ -92,7 +92,7 @@ sys.stdin.read()
     for place, listed in sockets.items():
         assert re.search(r"\b69(79|80)\b", listed)  # its links
         assert not re.search(r"\bbbr\b", listed), place
-    assert re.search(r"192\.168\.0\.254:7 .*\n.*\breno\b", sockets["server"])
+    assert re.search(r"192\.168\.0\.254:7 .*\n.*\becn\b.*\breno\b", sockets["server"])
 
 
 def test_the_program_keeps_the_address_that_it_dialled(path: Path) -> None:

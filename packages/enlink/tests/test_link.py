@@ -388,6 +388,39 @@ async def test_packets_arrive_whole_and_in_order_however_they_are_sliced(clock: 
     assert side.counts == {"too_short": 1, "unknown_control": 1}
 
 
+@in_trio
+async def test_packets_in_front_of_a_long_queue_are_marked_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of twenty that are there at once, the last ones have next to nothing behind them."""
+    monkeypatch.setattr("enlink.link.QUEUE_LIMIT_BYTES", 256 * 1024)
+    here, there = await tcp_stream_pair(buffer_bytes=2 * 1024 * 1024)
+    side = Side(here)
+    await there.send_all(encode_control(CLIENT))
+    await side.link.hear_first_word()
+    knows_ecn, knows_not = ecn_packet(2), ecn_packet(0)
+    await there.send_all(encode_packets([knows_ecn, knows_not] * 10))
+    while side.link.unread_bytes() < 20 * len(knows_ecn):  # noqa: ASYNC110  # the kernel tells nobody
+        await trio.sleep(0.01)
+    heard = await take_packets(side.link, 20)
+    assert {packet[1] for packet in heard[1::2]} == {0}
+    assert [packet[1] for packet in heard[::2]] == sorted((packet[1] for packet in heard[::2]), reverse=True)
+    assert side.link.marked == sum(packet[1] == 3 for packet in heard)
+    assert 2 <= side.link.marked <= 8
+    # Of small packets nobody asks what waits behind them.
+    before, small = side.link.marked, knows_ecn[:100]
+    await there.send_all(encode_packets([small] * 10_000))
+    assert {packet[1] for packet in await take_packets(side.link, 10_000)} == {2}
+    assert side.link.marked == before
+    await there.send_all(encode_packets([knows_ecn[:100]]))
+    assert (await take_packets(side.link, 1))[0][1] == 2
+    assert side.link.unread_bytes() == 0
+    await there.aclose()
+    await side.link.aclose()
+
+
+def ecn_packet(service: int) -> bytes:
+    return bytes((0x45, service)) + bytes(60_000)
+
+
 @pytest.mark.proves("F21", "F23", "F30")
 @in_trio
 async def test_many_senders_never_cut_into_each_others_frames(make_tight_pair: MakePair) -> None:

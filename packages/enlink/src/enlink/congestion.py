@@ -28,7 +28,7 @@ UNPACED: Final = b"reno"
 SHORT_S: Final = 0.002  # a data centre; busy machines take a millisecond to answer
 
 
-def unpace_if_short(sock: socket.socket) -> bool:
+def unpace_if_short(sock: Socket) -> bool:
     """Switch a TCP connection from BBR to Reno if its handshake took less than `SHORT_S`. Returns whether it did.
 
     What other algorithm an administrator has chosen stays. Never raises: a connection works either way.
@@ -39,7 +39,7 @@ def unpace_if_short(sock: socket.socket) -> bool:
         return False
 
 
-def unpace_if_local(sock: socket.socket, host: str) -> bool:
+def unpace_if_local(sock: Socket, host: str) -> bool:
     """Switch a TCP socket from BBR to Reno if *host*, to connect to or to listen on, is an address of loopback.
 
     Best before it connects or listens: a connection that BBR has had keeps the timer, though it need not wait for it.
@@ -51,11 +51,11 @@ def unpace_if_local(sock: socket.socket, host: str) -> bool:
         return False
 
 
-def _is_paced(sock: socket.socket) -> bool:
+def _is_paced(sock: Socket) -> bool:
     return sock.getsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, _NAME_BYTES).rstrip(b"\0") == PACED
 
 
-def _unpace(sock: socket.socket) -> bool:
+def _unpace(sock: Socket) -> bool:
     sock.setsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, UNPACED)
     return True
 

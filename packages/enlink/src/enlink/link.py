@@ -6,11 +6,12 @@ import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, Literal, NoReturn
+from typing import Final, Literal, NoReturn, TypeGuard
 
 import trio
 
 from enlink.control import Close, ControlMessage, Error, Hello, Keepalive, Role, Unknown
+from enlink.ecn import mark_congested
 from enlink.errors import ProtocolError, Unavailable
 from enlink.frame import Buffer, Discarded, Event, Fault, FrameDecoder, Packets, encode_control
 from enlink.port import Port
@@ -26,6 +27,9 @@ _WATCH_INTERVAL_S: Final = 1.0
 _FAREWELL_S: Final = 1.0
 _FLOOD_WINDOW_S: Final = 1.0
 _SCRATCH_BYTES: Final = 64 * 1024
+QUEUE_LIMIT_BYTES: Final = 512 * 1024  # that wait to be read: a millisecond at 4 Gbit/s
+_BULK_BYTES: Final = 32 * 1024
+_BULK_PACKET_BYTES: Final = 1024
 _ORIGINAL_HINT: Final = " (an original ENTA or ENTG needs --wire original)"
 
 
@@ -61,11 +65,13 @@ class Link:
     Attributes:
         speech: what the peer turned out to be: ``silent`` so far, ``raw`` packets only, or ``eng``.
         peer: the peer's HELLO, if it speaks ENG.
+        marked: how many packets have learned here that more than `QUEUE_LIMIT_BYTES` wait behind them: see ecn.py.
     """
 
     def __init__(self, stream: trio.abc.Stream, hello: Hello, count: Callable[[str], None]) -> None:
         self.speech: Speech = "silent"
         self.peer: Hello | None = None
+        self.marked = 0
         self._hello = hello
         self._count = count
         self._stream = stream
@@ -162,6 +168,10 @@ class Link:
             return False
         self._last_sent = trio.current_time()
         return is_taken
+
+    def unread_bytes(self) -> int:
+        """Return how much has arrived in the kernel; 0 for other streams than sockets, of which nobody knows."""
+        return self._port.unread_bytes()
 
     @property
     def is_between_frames(self) -> bool:
@@ -310,6 +320,11 @@ class Link:
             self._refilled_at = now
             self._decoder.refill()
         events = self._decoder.decode(count)
+        # Of small reads none leaves much behind, and what they bring is in a hurry.
+        if count >= _BULK_BYTES and self._port.unread_bytes() > QUEUE_LIMIT_BYTES:
+            self.marked += sum(
+                mark_congested(event) for event in events if isinstance(event, Packets) and _is_bulk(event)
+            )
         # Whoever speaks for the first time is a matter for tasks, and so is all that is not packets.
         if len(events) == 1 and self.speech != "silent" and not self._events:
             event = events[0]
@@ -354,6 +369,11 @@ def describe(hello: Hello | None) -> str:
     kind = {Role.CLIENT_AGENT: "enta client", Role.SERVER_AGENT: "enta server", Role.GATEWAY: "entg"}[hello.role]
     addresses = "".join(f" {interface}" for interface in hello.tun)
     return f"{kind} {hello.instance!r}{addresses}"
+
+
+def _is_bulk(event: Event) -> TypeGuard[Packets]:
+    """Whether these are packets of flows that have much under way. To look at thousands of small ones takes long."""
+    return isinstance(event, Packets) and len(event.encoded) >= event.count * _BULK_PACKET_BYTES
 
 
 def _take_nothing(_: Packets) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
+import termios
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Protocol
@@ -14,6 +17,8 @@ from enlink.pump import current_pump, while_readable
 
 # Choices of ours.
 _BURST: Final = 16  # operations that find the kernel ready before other tasks get their turn
+
+_INT: Final = struct.Struct("i")
 
 Space = Callable[[], memoryview]  # where to receive
 Digest = Callable[[int], bool]  # takes in so many bytes, which were received there
@@ -58,6 +63,9 @@ class Port(Protocol):
         What the kernel has no room for is copied, and follows as soon as it has, before anything else.
         """
 
+    def unread_bytes(self) -> int:
+        """Return how much has arrived in the kernel and was not read yet; 0 where nobody knows."""
+
     def close(self) -> None:
         """Let go of the stream, which is about to be closed."""
 
@@ -92,6 +100,9 @@ class StreamPort:
 
     def offer(self, _: Buffer, /) -> bool:
         return False
+
+    def unread_bytes(self) -> int:
+        return 0
 
     def close(self) -> None: ...
 
@@ -157,6 +168,12 @@ class SocketPort:
             self._unsent = bytes(rest)  # *data* is of a buffer that will be used again
             current_pump().on_writable(self._descriptor(), self._write_unsent)
         return True
+
+    def unread_bytes(self) -> int:
+        with suppress(OSError):
+            unread: int = _INT.unpack(fcntl.ioctl(self._descriptor(), termios.FIONREAD, bytes(_INT.size)))[0]
+            return unread
+        return 0
 
     def _seal(self, data: Buffer) -> Buffer:
         """Return what *data* is on the wire."""

@@ -115,6 +115,7 @@ class Uplink:
             **self._attestation(),
             "for_s": round(trio.current_time() - self._changed_s, 3),
             "last_error": self._last_error,
+            "marked": link.marked if link else 0,
             "queued": {"packets": len(self._queue), "bytes": self._queue.size_bytes},
         }
 

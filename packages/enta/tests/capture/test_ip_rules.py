@@ -26,7 +26,7 @@ def test_a_client_routes_captured_ports_its_tunnel_and_not_its_uplink() -> None:
         "ip address add 192.168.0.1/24 dev eng0",
         "ip link set dev eng0 mtu 65535 up",
         "ip route add unreachable default metric 4294967295 table 6978 protocol 78",
-        "ip route add default dev eng0 src 192.168.0.1 table 6978 protocol 78 congctl reno",
+        "ip route add default dev eng0 src 192.168.0.1 table 6978 protocol 78 congctl reno features ecn",
         "ip rule add priority 6977 fwmark 0x6978 lookup main protocol 78",
         "ip rule add priority 6978 to 192.168.0.0/24 iif lo lookup 6978 protocol 78",
         "ip rule add priority 6978 from 0.0.0.0/32 to 10.1.0.0/16 iif lo ipproto udp dport 53 lookup 6978 protocol 78",
@@ -48,7 +48,7 @@ def test_a_server_routes_its_tunnel_only() -> None:
 def test_a_plan_that_fails_open_has_no_unreachable_route() -> None:
     open_plan = replace(CLIENT, is_fail_closed=False)
     assert [str(route) for route in wanted_routes(open_plan)] == [
-        "default dev eng0 src 192.168.0.1 table 6978 protocol 78 congctl reno"
+        "default dev eng0 src 192.168.0.1 table 6978 protocol 78 congctl reno features ecn"
     ]
     assert wanted_rules(open_plan) == wanted_rules(CLIENT)
 

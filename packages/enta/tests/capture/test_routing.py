@@ -37,6 +37,7 @@ CLIENT = Plan(
 SERVER = Plan(
     "server", IPv4Interface("192.168.0.254/24"), IPv4Address("192.168.0.1"), replays=parse_replays(["5000", "udp/5000"])
 )
+TUNNEL_ROUTE = "route default dev eng0 src 192.168.0.1 table 6978 protocol 78 congctl reno features ecn"
 FAILS_OPEN = replace(CLIENT, is_fail_closed=False)
 
 
@@ -316,19 +317,22 @@ def test_a_kernel_without_ipv6_is_no_obstacle(site: Site, tun: Tun, monkeypatch:
             "route flush table 6978",
             [
                 "route unreachable default metric 4294967295 table 6978 protocol 78",
-                "route default dev eng0 src 192.168.0.1 table 6978 protocol 78 congctl reno",
+                TUNNEL_ROUTE,
             ],
         ),
         (
             "link set eng0 down",
-            ["link eng0 mtu 65535 up", "route default dev eng0 src 192.168.0.1 table 6978 protocol 78 congctl reno"],
+            [
+                "link eng0 mtu 65535 up",
+                TUNNEL_ROUTE,
+            ],
         ),
         ("link set eng0 mtu 1280", ["link eng0 mtu 65535 up"]),
         (
             "address del 192.168.0.1/24 dev eng0",
             [
                 "address 192.168.0.1/24 dev eng0",
-                "route default dev eng0 src 192.168.0.1 table 6978 protocol 78 congctl reno",
+                TUNNEL_ROUTE,
             ],
         ),
     ],

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
-import struct
-import termios
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final, TypeVar
@@ -46,7 +43,6 @@ class Connection:
         self.has_ended = trio.Event()
         self.reason, self.text = "stopped", "the gateway is stopping"
         self.farewell: Close | Error = Close(self.text)
-        self._stream = stream
         self._is_stopping = False
         self._waiting = trio.CancelScope()
         self._last_words_until_s: float | None = None
@@ -83,21 +79,13 @@ class Connection:
     async def _receive_last(self) -> Packets | None:
         if self._last_words_until_s is None:
             self._last_words_until_s = trio.current_time() + LAST_WORDS_S
-            self._owed_bytes = _unread_bytes(self._stream)
+            self._owed_bytes = self.link.unread_bytes()
         if self._owed_bytes > 0 or trio.current_time() < self._last_words_until_s:
             with trio.move_on_after(PAUSE_S):
                 packets = await self.link.receive()
                 self._owed_bytes -= len(packets.encoded)
                 return packets
         return None
-
-
-def _unread_bytes(stream: trio.abc.Stream) -> int:
-    """How much has arrived in the kernel; of other streams than sockets nobody knows."""
-    if not isinstance(stream, trio.SocketStream):
-        return 0
-    (unread,) = struct.unpack("i", fcntl.ioctl(stream.socket.fileno(), termios.FIONREAD, bytes(4)))
-    return int(unread)
 
 
 def address_of(stream: trio.abc.Stream) -> str:

@@ -97,6 +97,7 @@ class Leg:
             "peer": describe(holder.link.peer) if holder else None,
             **self._attestation(holder),
             "problem": self._trouble[1] if self._trouble and not holder else None,
+            "marked": holder.link.marked if holder else 0,
             "connections": len(self._connections),
         }
 

@@ -26,6 +26,7 @@ DEVICE_SETTINGS = (
     ("ipv4", "route_localnet", "0"),
 )
 # Of captured connections. The tunnel loses nothing, and its links pace where that is of use: twice would cost twice.
+# What would wait in the links is held back by marks instead of losses: see enlink.ecn.
 CONGESTION_CONTROL = "reno"  # every kernel has it
 _NOT_CHOSEN_YET = IPv4Network("0.0.0.0/32")
 
@@ -62,7 +63,7 @@ class Route:
 
     def __str__(self) -> str:
         way = f"default dev {self.device} src {self.source}" if self.device else "unreachable default"
-        last = f" congctl {CONGESTION_CONTROL}" if self.device else ""
+        last = f" congctl {CONGESTION_CONTROL} features ecn" if self.device else ""
         metric = "" if self.device else f" metric {LAST_METRIC}"
         return f"{way}{metric} table {self.table} protocol {ROUTE_PROTOCOL}{last}"
 

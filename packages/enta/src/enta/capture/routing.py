@@ -38,6 +38,7 @@ _PROTOCOL_NUMBERS: dict[TransportProtocol, int] = {"tcp": 6, "udp": 17}
 _PROTOCOL_NAMES = {number: name for name, number in _PROTOCOL_NUMBERS.items()}
 _RTN_UNICAST, _RTN_UNREACHABLE = 1, 7
 _RT_SCOPE_LINK = 253
+_RTAX_FEATURE_ECN = 1
 _FR_ACT_TO_TBL = 1
 _RULE_ATTRIBUTES = {
     *("FRA_PRIORITY", "FRA_TABLE", "FRA_PROTOCOL", "FRA_SRC", "FRA_DST", "FRA_IIFNAME", "FRA_FWMARK", "FRA_FWMASK"),
@@ -274,7 +275,7 @@ def _route_request(route: Route) -> dict[str, Any]:
     return request | {
         "prefsrc": str(route.source),
         "scope": _RT_SCOPE_LINK,
-        "metrics": {"cc_algo": CONGESTION_CONTROL},
+        "metrics": {"cc_algo": CONGESTION_CONTROL, "features": _RTAX_FEATURE_ECN},
     }
 
 
