@@ -57,6 +57,6 @@ TOPICS: Final = {
     ),
     "growth": Topic("How cost grows", growth.measure, full=(3, 0.7), quick=(1, 0.2), draw=page.as_lines),
     "network": Topic("On a network with loss and delay", network.measure, full=(3, 2.0), quick=(1, 1.0)),
-    "streams": Topic("One attested stream beside trio's TLS", _streams, full=(5, 1.0), quick=(1, 0.3)),
+    "streams": Topic("One attested stream beside trio's TLS", _streams, full=(5, 0.5), quick=(1, 0.3)),
     "relay": Topic("The relay beside its peers", _relay, full=(9, 1.0), quick=(2, 0.3)),
 }
