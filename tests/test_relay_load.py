@@ -319,9 +319,11 @@ def test_an_orderly_stop_takes_nobody_new_and_lets_those_that_are_there_finish(h
                 assert relay.process.poll() is None
             servers.cancel_scope.cancel()
 
-    with relaying(host, *PAIR, "--workers", workers) as relay:
+    with relaying(host, *PAIR, "--workers", workers, "--grace", "1m") as relay:
         on(host, test)
+        began_s = time.monotonic()
         assert relay.wait() == 0
+        assert time.monotonic() - began_s < 8 * 0.5  # and not for as long as its grace lasts
 
 
 async def until_refused() -> None:

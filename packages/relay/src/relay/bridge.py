@@ -69,7 +69,8 @@ class Bridge:
         self._bytes = self._counters.group("bytes")
         self._ended = self._counters.group("ended")
         self._passages: set[Passage] = set()
-        self._is_idle = trio.Event()
+        self._is_idle: trio.Event | None = None
+        self._token = trio.lowlevel.current_trio_token()
         self._listeners: Sequence[socket.socket] = ()
         self._pause: Timer | None = None
         self._pump = current_pump()
@@ -103,7 +104,7 @@ class Bridge:
 
     async def wait_until_idle(self) -> None:
         """Wait until the last connection has ended, after `close`."""
-        while self._passages:
+        if self._passages:
             self._is_idle = trio.Event()
             await self._is_idle.wait()
 
@@ -175,8 +176,8 @@ class Bridge:
         self._passages.discard(passage)
         if was_full and self._pause is None:
             self._listen()
-        if not self._passages:
-            self._is_idle.set()
+        if self._is_idle is not None and not self._passages:
+            self._token.run_sync_soon(self._is_idle.set)
 
 
 class Passage:
