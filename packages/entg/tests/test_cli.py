@@ -281,6 +281,23 @@ async def test_status_shows_legs_and_every_counter(host: Host, tmp_path: Path) -
             assert re.search(r"^    peer +entg 'default'$", output, re.MULTILINE), output
 
 
+def test_gateways_of_different_addresses_share_a_port_and_are_told_apart_by_their_sockets(
+    host: Host, tmp_path: Path
+) -> None:
+    pairs = [
+        ("--enta-listen", f"127.0.0.{number}:6980", "--entg-listen", f"127.0.0.{number}:6979") for number in (1, 2)
+    ]
+    with running(host, tmp_path / "1", *pairs[0]) as one, running(host, tmp_path / "2", *pairs[1]) as two:
+        code, output, error = ask(host, "status")
+        assert (code, output) == (64, "")
+        said = re.fullmatch(
+            r"entg: several entg run here on port 6980: choose one with --status-socket, of (\S+), (\S+)\n", error
+        )
+        assert said is not None, error
+        documents = [json.loads(ask(host, "status", "--json", "--status-socket", path)[1]) for path in said.groups()]
+        assert {document["pid"] for document in documents} == {one.pid, two.pid}
+
+
 def test_status_of_one_of_several_gateways_is_found_by_its_port(host: Host, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with (

@@ -169,8 +169,15 @@ async def _gateway(options: argparse.Namespace) -> None:
         port = await _bind(gateway, stopping)
         if port is None:
             return
-        path, facts = options.status_socket, {"enta_port": port}
-        with InstanceLock("entg", "default", listen_port=port, status_path=path, facts=facts) as lock:
+        lock = InstanceLock(
+            "entg",
+            "default",
+            listen_port=port,
+            listen_address=options.enta_listen.host,
+            status_path=options.status_socket,
+            facts={"enta_port": port},
+        )
+        with lock:
             async with trio.open_nursery() as nursery:
                 await nursery.start(serve_status, lock.status_path, gateway.snapshot)
                 await gateway.run(stopping)
@@ -236,6 +243,9 @@ def _socket_of_running(port: int | None) -> Path:
         where = "here" if port is None else f"here with --enta-listen {port}"
         raise Unavailable(f"no entg runs {where}: start one, or give its --status-socket")
     if len(chosen) > 1:
-        ports = ", ".join(str(instance.facts.get("enta_port")) for instance in chosen)
-        raise UsageError(f"several entg run here: choose one with --enta-port, of {ports}")
+        ports = sorted({str(instance.facts.get("enta_port")) for instance in chosen})
+        if len(ports) > 1:
+            raise UsageError(f"several entg run here: choose one with --enta-port, of {', '.join(ports)}")
+        sockets = ", ".join(sorted(str(instance.status_path) for instance in chosen))
+        raise UsageError(f"several entg run here on port {ports[0]}: choose one with --status-socket, of {sockets}")
     return chosen[0].status_path
