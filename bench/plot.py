@@ -45,7 +45,7 @@ def dots(title: str, panels: Panels, names: Sequence[str]) -> str:
     for number, (figure, columns) in enumerate(panels.items()):
         panel = drawing.panel(number, figure)
         across = _Scale([value for values in columns.values() for value in values], _LABEL, _WIDTH - _VALUE - _MARGIN)
-        for value in across.powers():
+        for value in across.marks():
             x = across.at(value)
             _add(panel, "line", x1=x, x2=x, y1=22, y2=height - 26, stroke="#ddd")
             _text(panel, short(value), x, height - 15, anchor="middle", size=10)
@@ -70,7 +70,7 @@ def lines(title: str, graphs: Graphs, names: Sequence[str]) -> str:
         for value in sorted({x for x, _ in points}):
             _add(panel, "line", x1=across.at(value), x2=across.at(value), y1=top, y2=bottom, stroke="#eee")
             _text(panel, short(value), across.at(value), bottom + 15, anchor="middle")
-        for value in up.powers():
+        for value in up.marks():
             _add(panel, "line", x1=left, x2=right, y1=up.at(value), y2=up.at(value), stroke="#ddd")
             _text(panel, short(value), left - 5, up.at(value) + 4, anchor="end")
         for name, each in columns.items():
@@ -138,9 +138,12 @@ class _Scale:
         share = (math.log10(value) - self._low) / (self._high - self._low)
         return round(self._start + share * (self._end - self._start), 1)
 
-    def powers(self) -> list[float]:
-        """The powers of ten within."""
-        return [10.0**power for power in range(math.ceil(self._low), math.floor(self._high) + 1)]
+    def marks(self) -> list[float]:
+        """The powers of ten within, and twice and five times them if there would be hardly any otherwise."""
+        powers = range(math.floor(self._low), math.floor(self._high) + 1)
+        factors = (1, 2, 5) if self._high - self._low < 2 else (1,)
+        marks = [factor * 10.0**power for power in powers for factor in factors]
+        return [mark for mark in marks if self._low <= math.log10(mark) <= self._high]
 
 
 def _add(parent: ET.Element, tag: str, **attributes: object) -> ET.Element:
