@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.__main__ import RECORDS
 from bench.page import as_dots, as_lines, as_markdown
 from bench.plot import short
 from bench.record import NoRecord, Record, Results, describe_machine, interleaved, more_is_better
 from bench.regression import SLACK, regressions
+from bench.topics import TOPICS
 
 RESULTS: Results = {
     "eng": {"up_mbit_s": [200.0, 240.0, 210.0], "round_trip_p50_us": [300.0, 310.0, 290.0], "lost_of_1000": [0.0]},
@@ -155,6 +157,17 @@ def test_steps_of_a_figure_make_one_graph() -> None:
     assert {"eng", "direct", "up_mbit_s, by streams", "1", "2", "8", "5", "10", "20"} == texts(drawing) - {"Growth"}
     points = [each.get("points", "") for each in ET.fromstring(drawing).iter("{http://www.w3.org/2000/svg}polyline")]
     assert [len(each.split()) for each in points] == [3, 3]
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_the_recorded_run_of_a_topic_is_a_full_one_and_is_shown(topic: str) -> None:
+    """Its page and picture are beside it, and show what it found."""
+    record = Record.load(RECORDS, topic)
+    assert record.rounds == TOPICS[topic].full[0]
+    page = (RECORDS / f"{topic}.md").read_text()
+    assert all(f"\n| {figure} |" in page for figure in record.figures())
+    assert f"]({topic}.svg)" in page
+    assert {TOPICS[topic].title, *record.results} <= texts((RECORDS / f"{topic}.svg").read_text())
 
 
 def test_numbers_are_short() -> None:
