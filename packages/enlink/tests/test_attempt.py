@@ -17,6 +17,7 @@ from enlink.attempt import HYBRID_ANSWER_LIMIT_BYTES, Attempt, Found, connect_tc
 from enlink.connection import Connection, Unreachable
 from enlink.endpoint import Endpoint, HybridVsock, Systemd, Tcp, Unix, Vsock
 from enlink.errors import NotPermitted, UsageError
+from enlink.pump import Pump
 from enlink.testing.hosts import Network
 from enlink.testing.programs import until
 from trio.testing import MockClock, trio_test, wait_all_tasks_blocked
@@ -129,6 +130,34 @@ async def test_connecting_that_is_cancelled_leaves_nothing_open(tmp_path: Path) 
                 scope.cancel()
                 await open_connection(endpoint, PATIENCE_S)
             assert scope.cancelled_caught
+
+
+@in_trio
+async def test_a_connection_that_was_made_before_the_cancellation_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its task has been woken for it, and gets it."""
+    scope = trio.CancelScope()
+    really = Pump.wake
+
+    def wake(pump: Pump, *arguments: Any) -> None:
+        really(pump, *arguments)
+        scope.cancel()
+
+    with listening(path := f"{tmp_path}/app", backlog=0) as sock, socket.socket(socket.AF_UNIX) as first:
+        first.connect(path)
+        with monkeypatch.context() as patch, scope:
+            patch.setattr(Pump, "wake", wake)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(accept_soon, sock)
+                connection = await open_connection(Unix(path), PATIENCE_S)
+        connection.socket.close()
+        assert scope.cancel_called
+
+
+async def accept_soon(sock: socket.socket) -> None:
+    await trio.sleep(0.05)
+    sock.accept()[0].close()
 
 
 # Unix.
@@ -300,6 +329,21 @@ async def test_an_answer_that_is_cut_off_is_none(tmp_path: Path) -> None:
                     accepted.send(b"OK 5")
 
             assert "the answer is b'OK 5', not OK" in await failure(HybridVsock(path, 8888))
+
+
+@in_trio
+async def test_whoever_leaves_without_reading_has_refused(tmp_path: Path) -> None:
+    with listening(path := f"{tmp_path}/v.sock") as sock:
+
+        def leave() -> None:
+            accepted, _ = sock.accept()
+            with accepted:
+                accepted.recv(1)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, leave)
+            text = await failure(HybridVsock(path, 8888))
+    assert text == f"cannot connect to unix-vsock:{path}:8888: refused: nobody listens on that port of the guest"
 
 
 @in_trio

@@ -10,6 +10,7 @@ import os
 import re
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache, partial
 from ipaddress import ip_address
 from typing import Any, Final, TypeAlias
@@ -36,7 +37,6 @@ _WHY_NO_UNIX: Final = {
     errno.ENOENT: "there is no such socket: start the program that listens on it",
     errno.ECONNREFUSED: "nobody listens there any more: start the program that does",
     errno.ECONNRESET: "refused: nobody listens on that port of the guest",
-    errno.EPIPE: "refused: nobody listens on that port of the guest",
 }
 
 _UNDER_WAY: Final = (errno.EINPROGRESS, errno.EALREADY)
@@ -147,13 +147,10 @@ class Attempt:
         if not isinstance(self._endpoint, HybridVsock):
             self._end(sock)
             return
-        try:
+        with suppress(OSError):  # whoever has gone already does not answer
             sock.send(b"CONNECT %d\n" % self._endpoint.port)  # an empty buffer takes it whole
-        except OSError as error:
-            self._fail(error.errno)
-        else:
-            self._limit_time()
-            self._pump.on_readable(sock.fileno(), partial(self._on_answer, sock))
+        self._limit_time()
+        self._pump.on_readable(sock.fileno(), partial(self._on_answer, sock))
 
     def _on_answer(self, sock: socket.socket) -> None:
         """Read a hybrid vsock's answer, but not a byte of what follows it."""
