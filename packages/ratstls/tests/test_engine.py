@@ -176,6 +176,15 @@ def test_a_send_is_repeated_until_all_is_taken(engines: list[Engine]) -> None:
     assert engine.take() == b""
 
 
+def test_a_send_for_which_nothing_is_written_has_failed(engines: list[Engine]) -> None:
+    """There is nothing whose sending would make room for more."""
+    session = Scripted()
+    engine = engine_of(engines, session)
+    session.refuses = 1
+    with pytest.raises(SessionBroken, match="ended with an error"):
+        engine.write(b"")
+
+
 def test_much_that_was_written_is_collected_whole(engines: list[Engine]) -> None:
     """However many reads it takes."""
     session = Scripted()
