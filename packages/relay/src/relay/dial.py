@@ -48,9 +48,10 @@ class Target:
 
     def __init__(self, config: BridgeConfig, resolver: Resolver | None) -> None:
         self._config = config
-        self._resolver = resolver
+        self._resolver = resolver if isinstance(config.target, Tcp) and is_name(config.target.host or "") else None
         self._judged: Sequence[Address] = ()
-        self._verdicts: Sequence[Verdict] = ()
+        self._allowed: Sequence[Endpoint] = ()
+        self._verdict: Verdict | None = None
         self._waiting: list[Dial] = []
         self._is_wanted = trio.Event()
         self._token = trio.lowlevel.current_trio_token()
@@ -74,10 +75,10 @@ class Target:
             NotAllowed: none of the addresses that the target's name has now may be dialled.
         """
         target = self._config.target
-        if self._resolver is None or not isinstance(target, Tcp) or not is_name(target.host or ""):
+        if self._resolver is None or not isinstance(target, Tcp):
             return (target,)  # judged once and for all
         addresses = self._resolver.known(target.host or "", target.family)
-        return None if addresses is None else self._allowed(target, addresses)
+        return None if addresses is None else self._judge(target, addresses)
 
     def dial(self, done: Callable[[Found], object]) -> Dial:
         """Return a way to the target, which is not begun yet; *done* is called at its end, as an `Attempt`'s is."""
@@ -99,9 +100,11 @@ class Target:
         while self._resolver is not None and isinstance(target, Tcp):
             await self._is_wanted.wait()
             self._is_wanted = trio.Event()
+            if not self._waiting:  # the answer before was for them as well
+                continue
             found: Sequence[Endpoint] | EngError
             try:
-                found = self._allowed(target, await self._resolver.resolve(target.host or "", target.family))
+                found = self._judge(target, await self._resolver.resolve(target.host or "", target.family))
             except NameNotResolved as error:
                 found = Unreachable(str(error))
             except NotAllowed as error:
@@ -110,15 +113,15 @@ class Target:
             for dial in waiting:
                 dial.go_on(found)
 
-    def _allowed(self, target: Tcp, addresses: Sequence[Address]) -> Sequence[Endpoint]:
-        if addresses is not self._judged:
-            self._verdicts = self._allow_list.judge_answer(target.host or "", target.port, addresses)
-            self._judged = addresses
-        pairs = zip(addresses, self._verdicts, strict=True)
-        allowed = [Tcp(str(address), target.port) for address, verdict in pairs if verdict.is_allowed]
-        if not allowed:
-            raise NotAllowed(self._verdicts[0])
-        return allowed
+    def _judge(self, target: Tcp, addresses: Sequence[Address]) -> Sequence[Endpoint]:
+        if addresses != self._judged:
+            verdicts = self._allow_list.judge_answer(target.host or "", target.port, addresses)
+            pairs = zip(addresses, verdicts, strict=True)
+            self._allowed = [Tcp(str(address), target.port) for address, verdict in pairs if verdict.is_allowed]
+            self._judged, self._verdict = addresses, verdicts[0]
+        if not self._allowed and self._verdict is not None:
+            raise NotAllowed(self._verdict)
+        return self._allowed
 
 
 class Dial:
