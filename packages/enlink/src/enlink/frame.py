@@ -39,7 +39,7 @@ _FIRST_BUFFER_BYTES: Final = 512  # for those who have said next to nothing
 _LENGTH = struct.Struct("!I")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen ones take a microsecond to make
 class Packets:
     """One or more whole frames that carry IP packets, still encoded, in the order they came.
 
