@@ -1,4 +1,4 @@
-"""Be the program in an enclave: hash what the parent sends, and before that tell the parent that it can.
+"""Be the programs in an enclave: a relay, and the server that it leads the parent to.
 
 Runs in the guest inside the guest, where a start of Python takes many seconds: so it imports little.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import subprocess
 import sys
+from pathlib import Path
 
 PORT = 5000
 PARENTS_PORT = 6000
@@ -23,25 +25,48 @@ def received(sock: socket.socket) -> bytes:
 
 
 def main(parent_cid: int) -> None:
-    """Serve one connection of the parent's."""
-    with socket.socket(socket.AF_VSOCK) as listener:
-        listener.bind((socket.VMADDR_CID_ANY, PORT))
-        listener.listen()
-        with socket.socket(socket.AF_VSOCK) as parent:
-            parent.connect((parent_cid, PARENTS_PORT))
-            parent.sendall(f"absent: {failure_to_reach(ABSENT_CID)}".encode())
-            parent.shutdown(socket.SHUT_WR)
-            if received(parent) != b"late reply":
-                sys.exit("the parent's reply is not what it should be")
-        accepted, (cid, _) = listener.accept()
-        with accepted:
-            accepted.sendall(f"{cid} {hashlib.sha256(received(accepted)).hexdigest()}".encode())
+    """Tell the parent that the relay is ready, and serve one connection that comes through it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        behind = f"127.0.0.1:{server.getsockname()[1]}"
+        command = [
+            str(Path(sys.executable).with_name("relay")),
+            "--tcp-address",
+            behind,
+            "--vsock-address",
+            f"any:{PORT}",
+        ]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as relay:
+            assert relay.stderr is not None
+            for line in relay.stderr:
+                sys.stderr.write(line)
+                if " ready " in line:
+                    tell_parent(parent_cid)
+                    answer_one(server)
+                    relay.terminate()
+    sys.exit(relay.returncode)
+
+
+def tell_parent(cid: int) -> None:
+    """Dial the parent, which says that this side is ready; its reply comes after the end of what was said."""
+    with socket.socket(socket.AF_VSOCK) as parent:
+        parent.connect((cid, PARENTS_PORT))
+        parent.sendall(f"absent: {failure_to_reach(ABSENT_CID)}".encode())
+        parent.shutdown(socket.SHUT_WR)
+        if received(parent) != b"late reply":
+            sys.exit("the parent's reply is not what it should be")
 
 
 def failure_to_reach(cid: int) -> int:
     """The number of the error that a connection to nobody ends with."""
     with socket.socket(socket.AF_VSOCK) as sock:
         return sock.connect_ex((cid, PORT))
+
+
+def answer_one(server: socket.socket) -> None:
+    """Hash what one client sends, after it has ended its side."""
+    accepted, _ = server.accept()
+    with accepted:
+        accepted.sendall(hashlib.sha256(received(accepted)).hexdigest().encode())
 
 
 if __name__ == "__main__":
