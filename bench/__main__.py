@@ -41,9 +41,10 @@ def main() -> int:
         recorded = {name: Record.load(options.check, name) for name in _chosen(options.topics) if options.check}
         slower = []
         for name in _chosen(options.topics):
-            record = _measure(name, TOPICS[name], options)
-            if name in recorded:
-                slower += [f"{name}: {each}" for each in regressions(recorded[name], record)]
+            before = recorded.get(name)
+            record = _measure(name, TOPICS[name], options, before)
+            if before:
+                slower += [f"{name}: {each}" for each in regressions(before, record)]
         if "half-close" in options.topics:
             half_close.run()
     except (EngError, RuntimeError) as error:  # the latter of commands and programs that failed, with what they said
@@ -58,8 +59,10 @@ def _chosen(topics: list[str]) -> list[str]:
     return [name for name in TOPICS if name in topics or not topics]
 
 
-def _measure(name: str, topic: Topic, options: argparse.Namespace) -> Record:
+def _measure(name: str, topic: Topic, options: argparse.Namespace, before: Record | None) -> Record:
     rounds, seconds = topic.quick if options.quick else topic.full
+    if before:
+        seconds = before.seconds  # every load starts slowly, in each column otherwise
     record = topic.measure(rounds=options.rounds or rounds, seconds=options.seconds or seconds)
     print(as_markdown(record, topic.title, None))
     print(record.as_json(), flush=True)
