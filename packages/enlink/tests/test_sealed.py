@@ -217,6 +217,37 @@ async def test_bytes_are_copied_where_there_is_no_pipe(monkeypatch: pytest.Monke
 
 
 @trio_test
+async def test_bytes_are_copied_where_there_is_but_a_small_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users get who have too many: a page at a time would take longer."""
+    monkeypatch.setattr("enlink.pipes.PIPE_BYTES", 4096)
+    near, far, left, right = await sealed_ports()
+    await send_much(near, far)
+    assert not right.engine.was_moved
+    await left.aclose()
+    await right.aclose()
+
+
+@pytest.mark.proves("D22")
+@trio_test
+async def test_what_one_link_leaves_behind_gets_into_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipe is everybody's: where it could not be emptied, nobody uses it again."""
+
+    def refuse(*_: int) -> bytes:
+        raise MemoryError
+
+    near, far, left, right = await sealed_ports()
+    with trio.fail_after(DEADLINE_S), monkeypatch.context() as context:
+        context.setattr("os.read", refuse)
+        assert near.offer(MORE_THAN_FITS)
+        with pytest.raises(MemoryError):
+            await far.read(Hearer().space, lambda _: True)
+    others = await sealed_ports()
+    await send_much(*others[:2])
+    for stream in (left, right, *others[2:]):
+        await stream.aclose()
+
+
+@trio_test
 async def test_a_connection_that_breaks_is_told_of() -> None:
     """To who reads."""
     near, _, left, right = await sealed_ports()

@@ -11,7 +11,7 @@ from typing import Final, Protocol, runtime_checkable
 import trio
 
 from enlink.frame import Buffer
-from enlink.pipes import Pipe
+from enlink.pipes import USEFUL_BYTES, Pipe
 from enlink.port import Digest, Port, SocketPort, Space, StreamPort
 
 # Choices of ours.
@@ -53,8 +53,10 @@ class Carrier:
         self._room = memoryview(bytearray(BATCH_BYTES))
         self._pipe: Pipe | None = None
         with suppress(OSError):  # out of descriptors: copying needs none
-            self._pipe = Pipe()
-            weakref.finalize(self, self._pipe.close)
+            pipe = Pipe()
+            weakref.finalize(self, pipe.close)
+            if pipe.size_bytes >= USEFUL_BYTES:  # less than that is left to who has too many
+                self._pipe = pipe
 
     def carry(self, descriptor: int, engine: Engine) -> int:
         """Take to *engine* what has come, or that it is the end, and return how many bytes that were.
@@ -63,29 +65,37 @@ class Carrier:
             BlockingIOError: nothing has come.
             OSError: the connection broke.
         """
-        if self._pipe is not None and engine.is_starved:
-            try:
-                return self._move(self._pipe, descriptor, engine)
-            except OSError as error:
-                if error.errno not in _CANNOT_SPLICE:
-                    raise
-                self._pipe = None
+        pipe = self._pipe
+        if pipe is None or not engine.is_starved:
+            return self._copy(descriptor, engine)
+        try:
+            count = os.splice(descriptor, pipe.write_end, BATCH_BYTES, flags=_SPLICE_FLAGS)
+        except OSError as error:
+            if error.errno not in _CANNOT_SPLICE:
+                raise
+            self._pipe = None
+            return self._copy(descriptor, engine)
+        if count:
+            self._pipe = None  # until it is empty again: nothing of one link may ever get into another
+            _empty(pipe, count, engine)
+            self._pipe = pipe
+        else:
+            engine.feed(b"")
+        return count
+
+    def _copy(self, descriptor: int, engine: Engine) -> int:
         count = os.readv(descriptor, [self._room])
         engine.feed(self._room[:count])
         return count
 
-    def _move(self, pipe: Pipe, descriptor: int, engine: Engine) -> int:
-        count = left = os.splice(descriptor, pipe.write_end, BATCH_BYTES, flags=_SPLICE_FLAGS)
-        if not count:
-            engine.feed(b"")
-            return 0
-        engine.note_moved()
-        try:
-            while left:
-                left -= os.splice(pipe.read_end, engine.inlet, left, flags=_SPLICE_FLAGS)
-        except OSError:  # no room for more, or this end cannot splice
-            engine.feed(os.read(pipe.read_end, left))
-        return count
+
+def _empty(pipe: Pipe, left: int, engine: Engine) -> None:
+    engine.note_moved()
+    try:
+        while left:
+            left -= os.splice(pipe.read_end, engine.inlet, left, flags=_SPLICE_FLAGS)
+    except OSError:  # no room for more, or this end cannot splice
+        engine.feed(os.read(pipe.read_end, left))
 
 
 _carrier: trio.lowlevel.RunVar[Carrier] = trio.lowlevel.RunVar("enlink.sealed")
