@@ -227,8 +227,8 @@ def test_a_name_that_leads_to_an_address_that_no_rule_allows_is_not_dialled(
     host: Host, relaying: Relaying, server: socket.socket
 ) -> None:
     options = ("--listen", "127.0.0.1:7000", "--target", "localhost:9000", "--allow", "10.0.0.0/8:9000")
-    with relaying(*options) as relay, talk(host) as client:
-        with pytest.raises(ConnectionResetError):
+    with relaying(*options) as relay:
+        with pytest.raises(ConnectionResetError), talk(host) as client:
             client.recv(1)
         assert relay.status()["bridges"][0]["ended"] == {"not_listed": 1}
         relay.wait_until(lambda: bool(relay.events("target_refused")), "said so")
