@@ -27,7 +27,7 @@ from path import BIN, GATEWAY_OF_APP, Path
 FAR_BEYOND_S = 40.0
 MIB = 1 << 20
 NOWHERE = "1.1.1.1"
-TUN_QUEUE = 500  # packets, the device's txqueuelen
+TUN_QUEUE = 2000  # packets, the device's txqueuelen
 
 
 def until(condition: Callable[[], object], what: str) -> float:
@@ -278,7 +278,7 @@ def is_stopped(agent: Program) -> bool:
 
 @pytest.mark.proves("F63")
 def test_what_a_stopped_agent_does_not_read_in_time_is_counted(captured: Captured) -> None:
-    """The kernel keeps 500 packets for it and drops the rest without a word to the sender: status tells."""
+    """The kernel keeps 2,000 packets for it and drops the rest without a word to the sender: status tells."""
     agent = captured.agent
     agent.signal(signal.SIGSTOP)
     until(lambda: is_stopped(agent), "stopped")

@@ -88,7 +88,7 @@ sys.stdin.read()
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
         assert program.stdout is not None
         assert program.stdout.readline() == "reno\n"
-        sockets = {place: path.hosts[place].run("ss", "-Htni", "state", "established") for place in PLACES}
+        sockets = {place: path.hosts[place].run("ss", "-Htnoi", "state", "established") for place in PLACES}
     for place, listed in sockets.items():
         assert re.search(r"\b69(79|80)\b", listed)  # its links
         assert not re.search(r"\bbbr\b", listed), place

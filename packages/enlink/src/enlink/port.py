@@ -188,12 +188,13 @@ class SocketPort:
         if self.failure is not None:
             raise self.failure
         try:
-            return memoryview(data)[os.write(self._descriptor(), data) :]
+            count = os.write(self._descriptor(), data)
         except BlockingIOError:
             return data
         except OSError as error:
             self.failure = error
             raise
+        return memoryview(data)[count:] if count < len(data) else b""
 
     def _write_unsent(self) -> None:
         with suppress(OSError):  # whoever writes next is told

@@ -156,8 +156,8 @@ class Tun:
     def tx_dropped(self) -> int:
         """Return how many packets the kernel has dropped because we did not read them in time.
 
-        It keeps 500 (the device's txqueuelen) and drops the newest without telling the sender. Call this in a thread
-        of the network namespace in which the device is.
+        It keeps as many as the device's txqueuelen says, and drops the newest without telling the sender. Call this in
+        a thread of the network namespace in which the device is.
 
         Raises:
             TunGone: there is no device of this name here.

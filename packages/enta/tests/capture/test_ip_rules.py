@@ -24,7 +24,7 @@ def test_a_client_routes_captured_ports_its_tunnel_and_not_its_uplink() -> None:
         "sysctl -w net/ipv4/conf/eng0/accept_local=0",
         "sysctl -w net/ipv4/conf/eng0/route_localnet=0",
         "ip address add 192.168.0.1/24 dev eng0",
-        "ip link set dev eng0 mtu 65535 up",
+        "ip link set dev eng0 mtu 65535 txqueuelen 2000 up",
         "ip route add unreachable default metric 4294967295 table 6978 protocol 78",
         "ip route add default dev eng0 src 192.168.0.1 table 6978 protocol 78 congctl reno features ecn",
         "ip rule add priority 6977 fwmark 0x6978 lookup main protocol 78",

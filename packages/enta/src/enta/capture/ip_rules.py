@@ -28,6 +28,8 @@ DEVICE_SETTINGS = (
 # Of captured connections. The tunnel loses nothing, and its links pace where that is of use: twice would cost twice.
 # What would wait in the links is held back by marks instead of losses: see enlink.ecn.
 CONGESTION_CONTROL = "reno"  # every kernel has it
+# Packets that the TUN keeps for the agent. Linux's 500 are fewer than a thousand connections that all speak at once.
+QUEUE_PACKETS = 2000
 _NOT_CHOSEN_YET = IPv4Network("0.0.0.0/32")
 
 
@@ -107,7 +109,7 @@ def ip_commands(plan: Plan) -> list[str]:
     return [
         *(f"sysctl -w net/{family}/conf/{plan.tun_name}/{name}={value}" for family, name, value in DEVICE_SETTINGS),
         f"ip address add {plan.address} dev {plan.tun_name}",
-        f"ip link set dev {plan.tun_name} mtu {plan.mtu} up",
+        f"ip link set dev {plan.tun_name} mtu {plan.mtu} txqueuelen {QUEUE_PACKETS} up",
         *(f"ip route add {route}" for route in wanted_routes(plan)),
         *(f"ip rule add {rule}" for rule in wanted_rules(plan)),
     ]

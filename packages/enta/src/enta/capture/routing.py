@@ -25,6 +25,7 @@ from enta.capture.ip_rules import (
     DEVICE_SETTINGS,
     LAST_METRIC,
     MAIN_TABLE,
+    QUEUE_PACKETS,
     Route,
     Rule,
     wanted_routes,
@@ -86,7 +87,7 @@ class Routing:
             _configure_device(plan.tun_name)
             if not _has_address(kernel, index, plan):
                 kernel.addr("add", index=index, address=str(plan.address.ip), prefixlen=plan.address.network.prefixlen)
-            kernel.link("set", index=index, mtu=plan.mtu, state="up")
+            kernel.link("set", index=index, mtu=plan.mtu, txqlen=QUEUE_PACKETS, state="up")
         self._is_tun_up = True
 
     def add_rules(self) -> None:
