@@ -9,6 +9,7 @@ import pytest
 from bench import growth, network, path
 from bench.courses import KINDS, PORT, with_control
 from bench.record import Record
+from enlink.testing.programs import FAR_BEYOND_S, comes_true
 
 SECONDS = 0.02  # as little as can be
 STEPS = {
@@ -61,8 +62,12 @@ def test_every_peer_that_is_installed_carries_the_load(name: str) -> None:
         assert course.load("up", SECONDS)["mbit_s"] > 0
         assert course.load("down", SECONDS)["mbit_s"] > 0
         assert course.load("crowd", SECONDS, 5)["lost"] == 0
-        is_seen = course.cpu_s() > 0, course.peak_memory_bytes() > 0
-        assert is_seen == (name != "direct", name != "direct")
+        if name == "direct":
+            assert (course.cpu_s(), course.peak_memory_bytes()) == (0, 0)
+        else:
+            assert course.peak_memory_bytes() > 0
+            # The kernel counts in hundredths of a second, which one short load may not take.
+            assert comes_true(lambda: bool(course.load("up", SECONDS)) and course.cpu_s() > 0, FAR_BEYOND_S)
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
