@@ -5,11 +5,11 @@ from __future__ import annotations
 import socket
 
 import pytest
+from enlink.testing.programs import FAR_BEYOND_S, comes_true
 
 from bench import growth, network, path
 from bench.courses import KINDS, PORT, with_control
 from bench.record import Record
-from enlink.testing.programs import FAR_BEYOND_S, comes_true
 
 SECONDS = 0.02  # as little as can be
 STEPS = {
