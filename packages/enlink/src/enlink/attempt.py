@@ -19,7 +19,7 @@ import outcome
 import trio
 
 from enlink import vsock
-from enlink.congestion import unpace_if_local
+from enlink.congestion import pace_if_long, unpace
 from enlink.connection import LOOPBACK_IS_DOWN, Connection, Unreachable
 from enlink.endpoint import Endpoint, HybridVsock, Tcp, Unix, Vsock
 from enlink.errors import EngError, NotPermitted, UsageError
@@ -113,7 +113,7 @@ class Attempt:
             return sock
         sock = self._sock = socket.socket(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         if isinstance(self._endpoint, Tcp):
-            unpace_if_local(sock, self._address[0])
+            unpace(sock)
             if self._mark is not None:
                 _set_mark(sock, self._mark, self._where)
         return sock
@@ -145,6 +145,8 @@ class Attempt:
 
     def _greet(self, sock: socket.socket) -> None:
         if not isinstance(self._endpoint, HybridVsock):
+            if isinstance(self._endpoint, Tcp):
+                pace_if_long(sock)
             self._end(sock)
             return
         with suppress(OSError):  # whoever has gone already does not answer

@@ -28,27 +28,38 @@ UNPACED: Final = b"reno"
 SHORT_S: Final = 0.002  # a data centre; busy machines take a millisecond to answer
 
 
-def unpace_if_short(sock: Socket) -> bool:
-    """Switch a TCP connection from BBR to Reno if its handshake took less than `SHORT_S`. Returns whether it did.
+def unpace(sock: Socket) -> bool:
+    """Let a TCP socket that is to connect or to listen begin with Reno in place of BBR. Returns whether it does.
 
-    What other algorithm an administrator has chosen stays. Never raises: a connection works either way.
+    It must be before: a connection that BBR has had keeps the timer. What other algorithm an administrator has chosen
+    stays. Never raises: a connection works either way.
     """
     try:
-        return _is_paced(sock) and round_trip_s(sock) < SHORT_S and _unpace(sock)
+        return _is_paced(sock) and _unpace(sock)
+    except OSError:  # no TCP
+        return False
+
+
+def pace_if_long(sock: Socket) -> bool:
+    """Give a connection that began with Reno to BBR after all, if that is this host's choice and the other end is far.
+
+    Far is whose handshake took `SHORT_S` or more, and who is not on this host. Returns whether it did; never raises.
+    """
+    try:
+        if round_trip_s(sock) < SHORT_S or _is_paced(sock) or _is_loopback(sock.getpeername()[0]):
+            return False
+        with socket.socket(sock.family) as usual:
+            if not _is_paced(usual):
+                return False
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, PACED)
     except OSError:  # no TCP, or gone
         return False
+    return True
 
 
 def unpace_if_local(sock: Socket, host: str) -> bool:
-    """Switch a TCP socket from BBR to Reno if *host*, to connect to or to listen on, is an address of loopback.
-
-    Best before it connects or listens: a connection that BBR has had keeps the timer, though it need not wait for it.
-    Returns whether it did, and never raises, as `unpace_if_short`.
-    """
-    try:
-        return _is_loopback(host) and _is_paced(sock) and _unpace(sock)
-    except OSError:
-        return False
+    """Do as `unpace` does if *host*, to listen on, is an address of loopback."""
+    return _is_loopback(host) and unpace(sock)
 
 
 def _is_paced(sock: Socket) -> bool:

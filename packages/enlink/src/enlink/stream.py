@@ -11,7 +11,7 @@ from typing import Final
 import trio
 
 from enlink.attempt import connect_tcp
-from enlink.congestion import unpace_if_short
+from enlink.congestion import pace_if_long, unpace
 from enlink.connection import Unreachable, resolve
 from enlink.endpoint import Tcp
 from enlink.errors import NotPermitted
@@ -119,7 +119,6 @@ def tuned(stream: trio.SocketStream) -> trio.SocketStream:
         (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     ):
         stream.setsockopt(level, option, value)
-    unpace_if_short(stream.socket)
     return stream
 
 
@@ -135,6 +134,7 @@ async def serve(
     async with trio.open_nursery() as accepting:
         limited = RateLimitedLog(_log)
         for listener in listeners:
+            unpace(listener.socket)
             accepting.start_soon(_accept_forever, listener, handler, nursery, limited)
 
 
@@ -152,4 +152,5 @@ async def _accept_forever(
                 limited.log("accept_paused", errno.errorcode.get(error.errno or 0, "unknown"), error=error)
                 await trio.sleep(_ACCEPT_PAUSE_S)
             else:
+                pace_if_long(stream.socket)
                 nursery.start_soon(handler, tuned(stream))
