@@ -31,7 +31,7 @@ class FarSocket(socket.socket):
         if option == TCP_CONGESTION:
             return self.algorithm.ljust(size, b"\0")
         assert option == socket.TCP_INFO
-        return bytes(68) + self.round_trip_us.to_bytes(4, "little")
+        return bytes(148) + self.round_trip_us.to_bytes(4, "little")
 
     def setsockopt(self, *arguments: object) -> None:
         assert arguments[:2] == (socket.IPPROTO_TCP, TCP_CONGESTION)

@@ -19,7 +19,7 @@ import outcome
 import trio
 
 from enlink import vsock
-from enlink.congestion import pace_if_long, unpace
+from enlink.congestion import unpace
 from enlink.connection import LOOPBACK_IS_DOWN, Connection, Unreachable
 from enlink.endpoint import Endpoint, HybridVsock, Tcp, Unix, Vsock
 from enlink.errors import EngError, NotPermitted, UsageError
@@ -145,8 +145,6 @@ class Attempt:
 
     def _greet(self, sock: socket.socket) -> None:
         if not isinstance(self._endpoint, HybridVsock):
-            if isinstance(self._endpoint, Tcp):
-                pace_if_long(sock)
             self._end(sock)
             return
         with suppress(OSError):  # whoever has gone already does not answer

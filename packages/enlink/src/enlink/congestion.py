@@ -19,13 +19,13 @@ Socket: TypeAlias = socket.socket | trio.socket.SocketType
 
 TCP_CONGESTION: Final = 13  # linux/tcp.h, as all of these
 _NAME_BYTES: Final = 16
-_RTT_AT: Final = 68  # tcpi_rtt in struct tcp_info, u32, microseconds
+_RTT_AT: Final = 148  # tcpi_min_rtt in struct tcp_info, u32, microseconds
 _RTT: Final = struct.Struct("=I")
 
 # Choices of ours.
 PACED: Final = b"bbr"
 UNPACED: Final = b"reno"
-SHORT_S: Final = 0.002  # a data centre; busy machines take a millisecond to answer
+SHORT_S: Final = 0.002  # a data centre
 
 
 def unpace(sock: Socket) -> bool:
@@ -43,7 +43,8 @@ def unpace(sock: Socket) -> bool:
 def pace_if_long(sock: Socket) -> bool:
     """Give a connection that began with Reno to BBR after all, if that is this host's choice and the other end is far.
 
-    Far is whose handshake took `SHORT_S` or more, and who is not on this host. Returns whether it did; never raises.
+    Far is who has never answered within `SHORT_S`, and is not on this host. The more has been said, the better that is
+    known: a busy machine may take long for a handshake. Returns whether it did; never raises.
     """
     try:
         if round_trip_s(sock) < SHORT_S or _is_paced(sock) or _is_loopback(sock.getpeername()[0]):
@@ -77,7 +78,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def round_trip_s(sock: Socket) -> float:
-    """Return the kernel's estimate of a TCP connection's round trip time.
+    """Return the shortest round trip of a TCP connection that the kernel has seen.
 
     Raises:
         OSError: there is none.

@@ -190,6 +190,7 @@ class Link:
         while True:
             asleep_since = trio.current_time()
             await trio.sleep(_WATCH_INTERVAL_S)
+            self._port.settle()
             now = trio.current_time()
             # We were stopped or starved: what the peer said meanwhile is still to be read.
             was_starved = now - asleep_since > 2 * _WATCH_INTERVAL_S

@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 import trio
 
+from enlink.congestion import pace_if_long
 from enlink.frame import Buffer
 from enlink.pump import current_pump, while_readable
 
@@ -66,6 +67,9 @@ class Port(Protocol):
     def unread_bytes(self) -> int:
         """Return how much has arrived in the kernel and was not read yet; 0 where nobody knows."""
 
+    def settle(self) -> None:
+        """Choose the congestion control, as far as it is known by now how long the way is: see congestion.py."""
+
     def close(self) -> None:
         """Let go of the stream, which is about to be closed."""
 
@@ -104,6 +108,7 @@ class StreamPort:
     def unread_bytes(self) -> int:
         return 0
 
+    def settle(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -174,6 +179,9 @@ class SocketPort:
             unread: int = _INT.unpack(fcntl.ioctl(self._descriptor(), termios.FIONREAD, bytes(_INT.size)))[0]
             return unread
         return 0
+
+    def settle(self) -> None:
+        pace_if_long(self._socket)
 
     def _seal(self, data: Buffer) -> Buffer:
         """Return what *data* is on the wire."""

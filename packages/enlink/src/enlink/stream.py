@@ -11,7 +11,7 @@ from typing import Final
 import trio
 
 from enlink.attempt import connect_tcp
-from enlink.congestion import pace_if_long, unpace
+from enlink.congestion import unpace
 from enlink.connection import Unreachable, resolve
 from enlink.endpoint import Tcp
 from enlink.errors import NotPermitted
@@ -152,5 +152,4 @@ async def _accept_forever(
                 limited.log("accept_paused", errno.errorcode.get(error.errno or 0, "unknown"), error=error)
                 await trio.sleep(_ACCEPT_PAUSE_S)
             else:
-                pace_if_long(stream.socket)
                 nursery.start_soon(handler, tuned(stream))

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import trio
 from enlink.attempt import Found
-from enlink.congestion import unpace_if_local
+from enlink.congestion import pace_if_long, unpace_if_local
 from enlink.connection import name_of
 from enlink.direction import abort
 from enlink.endpoint import CID_ANY, Tcp, Unix, Vsock
@@ -219,6 +219,7 @@ class Passage:
     def _introduce(self, target: socket.socket) -> None:
         if self._bridge.leads_to_tcp:
             _set_options(target)
+            pace_if_long(target)
         if self._bridge.announces:
             # Nothing has been sent before, so there is room for all of it.
             target.send(encode_header(_as_announced(self._client, self.peer)))
