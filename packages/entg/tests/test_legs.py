@@ -759,6 +759,7 @@ async def test_status_says_what_a_leg_waits_for_and_who_is_there() -> None:
             "address": None,
             "peer": None,
             "problem": None,
+            "marked": 0,
             "connections": 0,
         }
         await legs.greeted("enta", AGENT)
