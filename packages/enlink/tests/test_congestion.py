@@ -15,7 +15,6 @@ from enlink.congestion import (
     pace_if_long,
     round_trip_s,
     unpace,
-    unpace_if_local,
 )
 
 
@@ -113,34 +112,5 @@ def test_what_has_no_congestion_control_is_left_alone() -> None:
     with left, right:
         assert not unpace(left)
         assert not pace_if_long(left)
-        assert not unpace_if_local(left, "127.0.0.1")
     assert not unpace(left)  # closed
     assert not pace_if_long(left)
-
-
-@pytest.mark.parametrize(
-    ("host", "algorithm", "then"),
-    [
-        ("127.0.0.1", PACED, UNPACED),
-        ("127.9.9.9", PACED, UNPACED),
-        ("::1", PACED, UNPACED),
-        ("127.0.0.1", b"cubic", b"cubic"),
-        ("192.0.2.1", PACED, PACED),
-        ("0.0.0.0", PACED, PACED),
-        ("fe80::1%eth0", PACED, PACED),
-    ],
-)
-def test_on_loopback_bbr_is_taken_off_before_it_begins(host: str, algorithm: bytes, then: bytes) -> None:
-    with FarSocket() as sock:
-        sock.algorithm = algorithm
-        assert unpace_if_local(sock, host) is (algorithm != then)
-        assert sock.algorithm == then
-
-
-def test_what_a_listener_accepts_has_its_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        default = listener.getsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, 16).rstrip(b"\0")
-        monkeypatch.setattr(congestion, "PACED", default)
-        assert unpace_if_local(listener, "127.0.0.1")
-        with closing(socket.create_connection(listener.getsockname())), closing(listener.accept()[0]) as accepted:
-            assert accepted.getsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, 16).rstrip(b"\0") == UNPACED

@@ -58,11 +58,6 @@ def pace_if_long(sock: Socket) -> bool:
     return True
 
 
-def unpace_if_local(sock: Socket, host: str) -> bool:
-    """Do as `unpace` does if *host*, to listen on, is an address of loopback."""
-    return _is_loopback(host) and unpace(sock)
-
-
 def _is_paced(sock: Socket) -> bool:
     return sock.getsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, _NAME_BYTES).rstrip(b"\0") == PACED
 

@@ -15,6 +15,7 @@ import trio
 
 from enlink import vsock
 from enlink.activation import InheritedSockets, claim
+from enlink.congestion import unpace
 from enlink.connection import LOOPBACK_IS_DOWN, Connection, name_of
 from enlink.endpoint import CID_ANY, Endpoint, HybridVsock, Tcp, Unix, Vsock
 from enlink.errors import ConfigError, NotPermitted, Unavailable
@@ -118,6 +119,7 @@ async def _listen_on_host(host: str, endpoint: Tcp, deadline: float, *, is_share
 
     def open_socket() -> trio.socket.SocketType:
         sock = trio.socket.socket(family, socket.SOCK_STREAM)
+        unpace(sock)  # whoever accepts knows better: see congestion.pace_if_long
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if is_shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

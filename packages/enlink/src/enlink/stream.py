@@ -11,7 +11,6 @@ from typing import Final
 import trio
 
 from enlink.attempt import connect_tcp
-from enlink.congestion import unpace
 from enlink.connection import Unreachable, resolve
 from enlink.endpoint import Tcp
 from enlink.errors import NotPermitted
@@ -134,7 +133,6 @@ async def serve(
     async with trio.open_nursery() as accepting:
         limited = RateLimitedLog(_log)
         for listener in listeners:
-            unpace(listener.socket)
             accepting.start_soon(_accept_forever, listener, handler, nursery, limited)
 
 

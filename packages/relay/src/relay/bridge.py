@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import trio
 from enlink.attempt import Found
-from enlink.congestion import pace_if_long, unpace_if_local
+from enlink.congestion import pace_if_long, unpace
 from enlink.connection import name_of
 from enlink.direction import abort
 from enlink.endpoint import CID_ANY, Tcp, Unix, Vsock
@@ -92,7 +92,7 @@ class Bridge:
             if listener.family in _INTERNET:
                 # Whatever it accepts has these too.
                 _set_options(listener)
-                unpace_if_local(listener, listener.getsockname()[0])
+                unpace(listener)  # also one that systemd has made
         self._listen()
 
     def close(self) -> None:
@@ -194,6 +194,8 @@ class Passage:
     def start(self) -> None:
         """Dial the target; the bridge is told of the end."""
         self._client.setblocking(False)
+        if self._client.family in _INTERNET:
+            pace_if_long(self._client)
         self._stage.start()
 
     def abort(self) -> None:
