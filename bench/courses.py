@@ -26,6 +26,7 @@ from bench.processes import cpu_s, peak_resident_bytes
 from bench.streams import make_certificate
 
 LOAD: Final = str(FilePath(__file__).with_name("load.py"))
+HAPROXY: Final = FilePath(__file__).with_name("haproxy.cfg")
 PORT: Final = "7"
 BEHIND: Final = "7007"  # the server, where something else has the port
 SERVER: Final = "10.81.3.2"
@@ -153,28 +154,12 @@ def through_socat_tls(path: Path) -> AbstractContextManager[Course]:
     return _relayed(path, argv)
 
 
-_HAPROXY: Final = """\
-global
-    nbthread 1
-    maxconn 4000
-defaults
-    mode tcp
-    option splice-auto
-    timeout connect 10s
-    timeout client 1h
-    timeout server 1h
-listen relay
-    bind :{port}
-    server target {target}
-"""
-
-
 def through_haproxy(path: Path) -> AbstractContextManager[Course]:
     """Four HAProxy of one thread each."""
     argv = {}
     for place, (host, port) in ONWARD.items():
         file = path.directory / f"{place}-haproxy.cfg"
-        file.write_text(_HAPROXY.format(port=PORT, target=f"{host}:{port}"))
+        file.write_text(HAPROXY.read_text().format(bind=f":{PORT}", target=f"{host}:{port}"))
         argv[place] = ("haproxy", "-db", "-f", str(file))
     return _relayed(path, argv)
 

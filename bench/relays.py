@@ -27,22 +27,9 @@ from enlink.testing.hosts import Host, Network
 from bench.processes import Load, cpu_s, descendants, memory_bytes
 
 TRAFFIC: Final = str(Path(__file__).with_name("traffic.py"))
+HAPROXY: Final = Path(__file__).with_name("haproxy.cfg")
 DEADLINE_S: Final = 60.0
 MANY: Final = 64
-_HAPROXY: Final = """\
-global
-    nbthread 1
-    maxconn 4000
-defaults
-    mode tcp
-    option splice-auto
-    timeout connect 10s
-    timeout client 1h
-    timeout server 1h
-listen relay
-    bind 127.0.0.1:{port}
-    server target 127.0.0.1:{target}
-"""
 
 Figures = dict[str, float]
 
@@ -72,7 +59,7 @@ class Peer:
         """The command line, with its configuration written."""
         configuration = directory / "haproxy.cfg"
         if self.program == "haproxy":
-            configuration.write_text(_HAPROXY.format(port=port, target=target))
+            configuration.write_text(HAPROXY.read_text().format(bind=f"127.0.0.1:{port}", target=f"127.0.0.1:{target}"))
         return [word.format(port=port, target=target, configuration=configuration) for word in self.argv]
 
 
