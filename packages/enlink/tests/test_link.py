@@ -415,6 +415,7 @@ async def test_packets_in_front_of_a_long_queue_are_marked_and_no_others(monkeyp
     assert side.link.unread_bytes() == 0
     await there.aclose()
     await side.link.aclose()
+    assert side.link.unread_bytes() == 0
 
 
 def ecn_packet(service: int) -> bytes:

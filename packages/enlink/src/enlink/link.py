@@ -323,9 +323,7 @@ class Link:
         events = self._decoder.decode(count)
         # Of small reads none leaves much behind, and what they bring is in a hurry.
         if count >= _BULK_BYTES and self._port.unread_bytes() > QUEUE_LIMIT_BYTES:
-            self.marked += sum(
-                mark_congested(event) for event in events if isinstance(event, Packets) and _is_bulk(event)
-            )
+            self.marked += sum(mark_congested(event) for event in events if _is_bulk(event))
         # Whoever speaks for the first time is a matter for tasks, and so is all that is not packets.
         if len(events) == 1 and self.speech != "silent" and not self._events:
             event = events[0]

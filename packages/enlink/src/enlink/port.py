@@ -175,7 +175,7 @@ class SocketPort:
         return True
 
     def unread_bytes(self) -> int:
-        with suppress(OSError):
+        with suppress(OSError, trio.ClosedResourceError):
             unread: int = _INT.unpack(fcntl.ioctl(self._descriptor(), termios.FIONREAD, bytes(_INT.size)))[0]
             return unread
         return 0
