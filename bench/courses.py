@@ -29,6 +29,7 @@ LOAD: Final = str(FilePath(__file__).with_name("load.py"))
 HAPROXY: Final = FilePath(__file__).with_name("haproxy.cfg")
 PORT: Final = "7"
 BEHIND: Final = "7007"  # the server, where something else has the port
+SPIN: Final = "300us"
 SERVER: Final = "10.81.3.2"
 # Whom a program on each host passes connections on to.
 ONWARD: Final[dict[Place, tuple[str, str]]] = {
@@ -99,6 +100,12 @@ def through_eng(path: Path) -> Iterator[Course]:
 def plain_links() -> Path:
     """A path that captures the load's port."""
     return Path(capture=[PORT], replay=[PORT])
+
+
+def spinning() -> Path:
+    """The same with programs that look for more traffic for a moment before they sleep."""
+    spin = ("--spin", SPIN)
+    return Path(capture=[PORT], replay=[PORT], client=spin, server=spin, near=spin, far=spin)
 
 
 @contextmanager
@@ -251,6 +258,7 @@ def direct(path: Path) -> Iterator[Course]:
 
 KINDS: Final = {
     "eng": Kind(through_eng, path=plain_links),
+    "eng spinning": Kind(through_eng, path=spinning),
     "attested": Kind(through_eng, path=attested_links, needs=("gcc",)),
     # A connection costs them four processes and more.
     "4 socat": Kind(through_socat, ("socat",), most_connections=100),

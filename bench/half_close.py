@@ -20,18 +20,17 @@ from typing import Final
 
 from enlink.testing.hosts import Host, Network
 
-from bench.relays import PEERS, Peer, free_port, running, wait_until_listening
+from bench.relays import AS_IT_COMES, SOCAT, Peer, free_port, running, wait_until_listening
 
 ANSWER: Final = b"\0" * 300_000
 DELAYS_S: Final = (0.0, 0.1, 2.0, 20.0)
 TIMEOUT_S: Final = 60.0
-_RELAY, _SOCAT = PEERS[:2]
-_PATIENT: Final = Peer("socat -t 30", "socat", ("socat", "-t", "30", *_SOCAT.argv[1:]))
+_PATIENT: Final = Peer("socat -t 30", "socat", ("socat", "-t", "30", *SOCAT.argv[1:]))
 
 
 def run(delays_s: Sequence[float] = DELAYS_S) -> None:
     """Hold every conversation, and print a table."""
-    peers = [peer for peer in (_RELAY, _SOCAT, _PATIENT) if shutil.which(peer.program)]
+    peers = [peer for peer in (AS_IT_COMES, SOCAT, _PATIENT) if shutil.which(peer.program)]
     print("bytes of 300000 that arrive, when the answer comes after so many seconds")
     print(f"{'':34}" + "".join(f"{delay_s:>9g}" for delay_s in delays_s))
     with Network() as network, tempfile.TemporaryDirectory(prefix="eng-bench-") as directory:

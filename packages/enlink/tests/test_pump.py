@@ -275,3 +275,62 @@ def test_a_run_that_ends_leaves_no_descriptor() -> None:
         for _ in range(3):
             trio.run(main)
         assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@trio_test
+async def test_a_pump_that_spins_finds_an_answer_before_it_sleeps(
+    request: pytest.FixtureRequest, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    """As long as it takes: somebody else may have the processors."""
+    near, far = pair
+    pump = current_pump()
+    pump.spin(0.01)
+    answers = 0
+
+    def answer() -> None:
+        nonlocal answers
+        near.send(near.recv(1))
+        answers += 1
+
+    pump.on_readable(near.fileno(), answer)
+    far.setblocking(True)
+    with trio.fail_after(DEADLINE_S):
+        # A callback asks the next question, so that it is there before the wait that follows.
+        questions = 0
+
+        def ask() -> None:
+            nonlocal questions
+            far.recv(1)
+            far.send(b"q")
+            questions += 1
+
+        pump.on_readable(far.fileno(), ask)
+        far.send(b"q")
+        await until(lambda: answers >= 100)
+    pump.forget(near.fileno())
+    pump.forget(far.fileno())
+    assert questions >= 99
+    counts = pump.spin_counts()
+    assert set(counts) == {"found", "missed"}
+    assert (counts["found"] > 0) is ("nested" in request.node.name)
+    pump.spin(0)
+    assert pump.spin_counts() == {}
+
+
+@trio_test
+async def test_a_pump_that_spins_leaves_timers_and_threads_their_turn(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    near, far = pair
+    pump = current_pump()
+    pump.spin(0.01)
+    pump.on_readable(near.fileno(), lambda: near.recv(1))
+    far.send(b"x")
+    with trio.fail_after(DEADLINE_S):
+        before_s = trio.current_time()
+        await trio.sleep(0.005)
+        assert trio.current_time() - before_s >= 0.005
+        for _ in range(20):
+            far.send(b"x")
+            assert await trio.to_thread.run_sync(lambda: 7) == 7
+    pump.forget(near.fileno())

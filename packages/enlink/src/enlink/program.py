@@ -23,6 +23,7 @@ from typing import Any, Final, NoReturn
 
 import trio
 
+from enlink.duration import parse_spin_s
 from enlink.errors import (
     CannotCreate,
     ConfigError,
@@ -41,6 +42,10 @@ INTERRUPTED_EXIT_CODE: Final = 130  # what a shell reports for a program that SI
 # Choices of ours.
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 RATE_LIMITED_REASONS: Final = 256
+SPIN_HELP: Final = (
+    "after traffic, look for more for so long before sleeping, as in 200us: shorter round trips, for more processor"
+    " time (default: 0)"
+)
 NOTIFY_DEADLINE_S: Final = 1.0
 
 # Which error is told when several end a program together: first what somebody must change, then what is in the way,
@@ -84,6 +89,10 @@ class ProgramParser(argparse.ArgumentParser):
             "--status-socket", metavar="PATH", type=Path, help="answer `status` here, not in the runtime directory"
         )
         group.add_argument("--version", action="version", version=f"{self.prog.split()[0]} {version}")
+
+    def add_spin_option(self, group: argparse._ArgumentGroup) -> None:
+        """Add ``--spin`` to a group of options of a program that moves traffic."""
+        group.add_argument("--spin", metavar="DURATION", type=parse_spin_s, default=0.0, help=SPIN_HELP)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does, and remember of what, for `error`."""

@@ -11,13 +11,15 @@ and tasks share state without locks. What moves is the callers' business: see li
 from __future__ import annotations
 
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from time import monotonic
 from typing import Final
 
 import outcome
 import trio
+
+from enlink.spin import Poll, Spin
 
 # Choices of ours.
 _EVENTS_A_ROUND: Final = 64  # descriptors that get their turn before trio is looked at again
@@ -42,10 +44,22 @@ class Pump(trio.abc.Instrument):
         self._writers: dict[int, Callback] = {}
         self._interrupts: dict[int, Callable[[], None]] = {}
         self._server: trio.lowlevel.Task | None = None
+        self._spin: Spin | None = None
         self._token = trio.lowlevel.current_trio_token()
         self._trio_epoll = _descriptor_of_trio()
         if self._trio_epoll is not None:
             self._epoll.register(self._trio_epoll, select.EPOLLIN)
+
+    def spin(self, limit_s: float) -> None:
+        """After traffic, look for more for so long before sleeping; 0: sleep at once. See spin.py.
+
+        Of no effect where trio's own epoll is not to be found.
+        """
+        self._spin = Spin(self._epoll.poll, limit_s) if limit_s else None
+
+    def spin_counts(self) -> Mapping[str, int]:
+        """Tell for ``status`` how often spinning has found something, and how often not; nothing where it is off."""
+        return {"found": self._spin.found, "missed": self._spin.missed} if self._spin else {}
 
     def on_readable(self, descriptor: int, callback: Callback | None) -> None:
         """Call *callback* whenever *descriptor* can be read, or has ended or failed; None: not any more."""
@@ -107,11 +121,12 @@ class Pump(trio.abc.Instrument):
         """Move bytes until trio's turn comes: for *timeout* seconds, or until something of its own is ready."""
         if not self._readers and not self._writers:
             return
-        poll, readers, writers, trio_epoll = self._epoll.poll, self._readers, self._writers, self._trio_epoll
+        readers, writers, trio_epoll = self._readers, self._writers, self._trio_epoll
+        wait: Poll = self._epoll.poll
         until = monotonic() + timeout
         left = timeout
         while True:
-            events = poll(left, _EVENTS_A_ROUND)
+            events = wait(left, _EVENTS_A_ROUND)
             is_trios_turn = timeout <= 0
             for descriptor, flags in events:
                 if descriptor == trio_epoll:
@@ -137,6 +152,8 @@ class Pump(trio.abc.Instrument):
                 # trio is about to wait for as long as it told us, and that time has passed.
                 self._token.run_sync_soon(_nothing, idempotent=True)
                 return
+            if self._spin is not None:
+                wait = self._spin.wait
 
     async def serve(self) -> None:
         """Be there until trio's run ends: a system task. Without trio's own epoll, wait for ours as a task does.

@@ -21,6 +21,7 @@ from enlink.errors import EngError, leaves
 from enlink.frame import Packets
 from enlink.link import LinkEnded
 from enlink.program import RateLimitedLog, announce_ready, log_event
+from enlink.pump import current_pump
 from enlink.status import Counters
 from enlink.stream import Dialer
 from enlink.supervise import Stopping
@@ -109,6 +110,7 @@ class Agent:
                 "queue_dropped": self._queue_dropped(),
             },
             "uplink": self._uplink.snapshot(),
+            "spin": current_pump().spin_counts(),
             "counters": self._counters.snapshot(),
         }
 
@@ -121,6 +123,7 @@ class Agent:
         Raises:
             EngError: see the exit codes; among them SystemFailure when the TUN is taken away.
         """
+        current_pump().spin(self._config.spin_s)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._cancel_when_told, stopping, nursery.cancel_scope)
             await self._resolve_gateway()

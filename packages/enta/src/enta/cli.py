@@ -109,6 +109,7 @@ def _add_agent_options(parser: ProgramParser, role: Role) -> None:
         action="store_true",
         help="end when the gateway cannot be reached or has gone, instead of trying again",
     )
+    parser.add_spin_option(link)
     add_attestation_options(parser, entg_rats_tls="attest the link to the gateway")
 
 
@@ -233,7 +234,9 @@ async def _agent(options: argparse.Namespace) -> None:
         raise UsageError(
             f"no port to {option[2:]}: give at least one, as in {option} 7; see enta {options.role} --help"
         )
-    config = AgentConfig(plan, options.entg_connect, options.wire, options.firewall, options.once, attestation)
+    config = AgentConfig(
+        plan, options.entg_connect, options.wire, options.firewall, options.once, attestation, options.spin
+    )
     if options.dry_run:
         sys.stdout.write(_dry_run(config))
         return

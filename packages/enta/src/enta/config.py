@@ -27,6 +27,7 @@ class AgentConfig:
         firewall: which packet filter to use; ``auto`` takes nftables, and iptables where that cannot be had.
         attestation: how the link to the gateway is attested; None: it is plain.
         is_once: end when the gateway cannot be reached or has gone, instead of trying again.
+        spin_s: after traffic, how long to look for more before sleeping.
     """
 
     plan: Plan
@@ -35,3 +36,4 @@ class AgentConfig:
     firewall: FirewallChoice = "auto"
     is_once: bool = False
     attestation: Attestation | None = None
+    spin_s: float = 0.0

@@ -84,6 +84,7 @@ def _parser() -> ProgramParser:
         default=10.0,
         help="how long an orderly stop may take to pass on what has arrived (default: 10s)",
     )
+    parser.add_spin_option(links)
     add_attestation_options(
         parser, entg_rats_tls="attest the link to the peer ENTG", enta_rats_tls="attest the links to ENTAs"
     )
@@ -163,6 +164,7 @@ async def _gateway(options: argparse.Namespace) -> None:
         options.grace,
         attestation if options.enta_rats_tls else None,
         attestation if options.entg_rats_tls else None,
+        options.spin,
     )
     gateway = await _prepared(config, entg_side)
     async with stop_signals() as stopping:

@@ -25,6 +25,7 @@ class GatewayConfig:
         wire: ``original`` if the peers are original ones, which know no control messages.
         grace_s: how long an orderly stop may take to pass on what has arrived.
         enta_attestation, entg_attestation: how the links of a leg are attested; None: they are plain.
+        spin_s: after traffic, how long to look for more before sleeping.
     """
 
     enta_listen: Tcp = Tcp(None, DEFAULT_ENTA_PORT)
@@ -34,6 +35,7 @@ class GatewayConfig:
     grace_s: float = 10.0
     enta_attestation: Attestation | None = None
     entg_attestation: Attestation | None = None
+    spin_s: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.entg_listen is None) == (self.entg_connect is None):

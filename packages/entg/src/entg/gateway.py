@@ -10,6 +10,7 @@ import trio
 from enlink.attested import AttestedSide
 from enlink.listener import listen_tcp
 from enlink.program import announce_ready
+from enlink.pump import current_pump
 from enlink.status import Counters
 from enlink.stream import Dialer
 from enlink.supervise import Stopping
@@ -51,6 +52,7 @@ class Gateway:
             "program": "entg",
             "pid": os.getpid(),
             "uptime_s": round(trio.current_time() - self._started_s, 3),
+            "spin": current_pump().spin_counts(),
             "legs": {leg.name: leg.snapshot() for leg in (self._enta, self._entg)},
             "counters": self._counters.snapshot(),
         }
@@ -73,6 +75,7 @@ class Gateway:
     async def run(self, stopping: Stopping) -> None:
         """Serve until *stopping* is set, then pass on what has arrived, within the grace, and close every link."""
         config = self._config
+        current_pump().spin(config.spin_s)
         async with trio.open_nursery() as connections:
             async with trio.open_nursery() as accepting:
                 for leg, listeners in self._listeners:

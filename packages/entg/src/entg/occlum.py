@@ -93,6 +93,7 @@ class Enclave:
             entg_listen,
             options.entg_connect,
             grace_s=options.grace,
+            spin_s=options.spin,
             enta_attestation=enta,
             entg_attestation=entg,
         )

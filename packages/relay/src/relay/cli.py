@@ -15,7 +15,7 @@ import trio
 from enlink.endpoint import Endpoint, Tcp, Vsock, parse_dial, parse_listen
 from enlink.errors import ConfigError, Unavailable, UsageError
 from enlink.instance import InstanceLock, live_instances
-from enlink.program import ProgramParser, announce_ready, run_program
+from enlink.program import SPIN_HELP, ProgramParser, announce_ready, run_program
 from enlink.status import fetch_status, render_status, serve_status
 from enlink.supervise import stop_signals
 
@@ -143,6 +143,7 @@ def _add_settings(parser: ProgramParser) -> None:
     add("proxy-protocol", "tell targets who connects, in a PROXY protocol v2 header before the first byte")
     add("workers", "processes that share the work (default: 1)", "N")
     add("vsock-buffer", "how much a vsock socket may hold, as in 1m (default: the kernel's 256k)", "SIZE")
+    add("spin", SPIN_HELP, "DURATION")
     add("no-splice", "copy all bytes through this process, for kernels whose splice(2) misbehaves")
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from enlink.duration import parse_duration_s
+from enlink.duration import parse_duration_s, parse_spin_s
 from enlink.endpoint import Endpoint, parse_dial, parse_listen
 from enlink.errors import ConfigError, UsageError
 
@@ -70,6 +70,7 @@ class RelayConfig:
         workers: processes that share the listening sockets, and each bridge's connections.
         setup_loopback: bring the loopback device up first, which an enclave does not.
         no_splice: copy every byte, where otherwise many go through pipes in the kernel.
+        spin_s: after traffic, how long each process looks for more before it sleeps.
     """
 
     bridges: tuple[BridgeConfig, ...]
@@ -77,6 +78,7 @@ class RelayConfig:
     workers: int = 1
     setup_loopback: bool = False
     no_splice: bool = False
+    spin_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.bridges:
@@ -157,6 +159,7 @@ RELAY_SETTINGS: Final[dict[str, Setting]] = {
     "workers": Setting("workers", parse_count),
     "setup-loopback": Setting("setup_loopback"),
     "no-splice": Setting("no_splice"),
+    "spin": Setting("spin_s", parse_spin_s),
 }
 
 

@@ -101,6 +101,7 @@ class Relay:
         """Return every bridge's counters, for ``status``."""
         return {
             "bridges": [bridge.snapshot() for bridge in self._bridges],
+            "spin": self._mover.pump.spin_counts(),
             "names": dict(sorted(self._resolver.counters.items())) if self._resolver else {},
         }
 
@@ -110,6 +111,7 @@ class Relay:
         Args:
             listeners: for each bridge, its sockets. At the wish to stop nobody is left in their backlog.
         """
+        self._mover.pump.spin(self._config.spin_s)
         with self._mover:
             async with trio.open_nursery() as looking_up:
                 for target in self._targets:
