@@ -47,12 +47,15 @@ sys.exit(not (received == total and got.digest() == sent.digest()))
 """
 
 
-@pytest.fixture(scope="module", params=["plain", "attested"])
+@pytest.fixture(scope="module", params=["plain", "spinning", "attested"])
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The path with three captured ports, running, with echo servers behind two; its links of both kinds."""
     ports: dict[str, Any] = {"capture": ["7", "8080", "udp/53"], "replay": ["7", "8080", "udp/5353"]}
+    spin = ("--spin", "300us")
     if request.param == "plain":
         chosen = Path(**ports)
+    elif request.param == "spinning":
+        chosen = Path(**ports, client=spin, server=spin, near=spin, far=spin)
     else:
         directory = tmp_path_factory.mktemp("attested")
         chosen = attested_path(standin.build(directory / "rats-tls"), directory, **ports)
@@ -159,6 +162,17 @@ def test_the_counters_of_every_hop_tell_of_the_traffic(path: Path) -> None:
     for place, group in (("app", "to_gateway"), ("near", "to_entg"), ("far", "to_enta"), ("server", "from_gateway")):
         grown = after[place][group]["bytes"] - before[place].get(group, {}).get("bytes", 0)  # type: ignore[index]
         assert grown > 1_000_000, place
+
+
+def test_who_spins_says_how_often_it_paid_and_who_does_not_says_nothing(
+    path: Path, request: pytest.FixtureRequest
+) -> None:
+    echo(path, "--bytes", "1000", "--connections", "100")
+    counts = {place: path.programs[place].status()["spin"] for place in PLACES}
+    if "spinning" in request.node.name:
+        assert all(set(each) == {"found", "missed"} and each["found"] for each in counts.values()), counts
+    else:
+        assert not any(counts.values())
 
 
 @pytest.mark.proves("F08", "F09", "F04", "G1", "G9")

@@ -83,6 +83,7 @@ def runtime_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (["--enta-listen", ""], "an empty address"),
         (["--wire", "raw"], "invalid choice: 'raw'"),
         (["--grace", "soon"], "'soon' is no duration"),
+        (["--spin", "1s"], "--spin: '1s' is too long to spin: write at most 10ms"),
         (["--log-level", "loud"], "invalid choice: 'loud'"),
         (["--config", "entg.toml"], "unrecognized arguments: --config;"),
         (["--metrics=9100"], "unrecognized arguments: --metrics=9100"),

@@ -366,6 +366,23 @@ def test_setup_loopback_needs_a_privilege_and_says_which(enclave: Host) -> None:
 # Status, and other relays.
 
 
+def test_status_tells_whether_spinning_pays(host: Host, relaying: Relaying, server: socket.socket) -> None:
+    """A relay that spins answers as any other, and says how often it found something before it slept."""
+    with (
+        relaying("--listen", "127.0.0.1:7000", "--target", "127.0.0.1:9000", "--spin", "10ms"),
+        talk(host) as client,
+        accept(server) as target,
+    ):
+        for _ in range(200):
+            client.sendall(b"question")
+            assert target.recv(8) == b"question"
+            target.sendall(b"answer")
+            assert client.recv(6) == b"answer"
+        document: dict[str, Any] = json.loads(host.run(RELAY, "status", "--json"))
+    assert document["spin"]["found"] > 0
+    assert document["spin"]["found"] + document["spin"]["missed"] <= 2 * 200 + 100
+
+
 def test_status_tells_what_a_relay_does_in_words_and_in_json(
     host: Host, runtime_directory: Path, server: socket.socket
 ) -> None:

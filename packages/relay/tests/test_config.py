@@ -26,6 +26,7 @@ grace = "3s"
 workers = 2
 setup-loopback = true
 no-splice = true
+spin = "1ms"
 idle-timeout = "5m"
 allow = ["tcp://127.0.0.1:80-90", "16:*"]
 
@@ -54,6 +55,7 @@ def test_a_file_says_all_that_the_command_line_can() -> None:
         workers=2,
         setup_loopback=True,
         no_splice=True,
+        spin_s=0.001,
         bridges=(
             BridgeConfig(
                 listen=Vsock(None, 8888),
