@@ -409,10 +409,13 @@ def test_a_flood_of_frames_without_a_packet_ends_the_link(flood: bytes) -> None:
 
 
 def test_a_second_later_as_many_frames_without_a_packet_are_taken_again() -> None:
-    decoder = FrameDecoder()
+    now_s = 0.0
+    decoder = FrameDecoder(clock=lambda: now_s)
     for _ in range(3):
         assert feed(decoder, encode_control(Keepalive()) * FLOOD_LIMIT) == [Keepalive()] * FLOOD_LIMIT
-        decoder.refill()
+        now_s += 1.0
+    now_s -= 0.1
+    assert isinstance(feed(decoder, encode_control(Keepalive()))[-1], Fault)
 
 
 def test_packets_are_not_rationed() -> None:

@@ -12,7 +12,7 @@ A frame is ``length: u32 big-endian`` and *length* bytes, which are one of:
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -31,6 +31,7 @@ _MIN_IPV6_BYTES: Final = 40  # RFC 8200
 
 # Choices of ours.
 JUNK_LIMIT: Final = 64  # frames in a row that are neither packet nor message: this is no peer of ours
+_FLOOD_WINDOW_S: Final = 1.0
 FLOOD_LIMIT: Final = 1024  # frames a second that carry no packet: each costs us more than it costs the peer
 
 BUFFER_BYTES: Final = 192 * 1024  # of a link that is busy: two of the longest frames, and more
@@ -89,16 +90,18 @@ class FrameDecoder:
 
     The bytes stay where they were received: packets are passed on from there, and an unfinished frame waits in front
     of what comes next, so that a run of packets is always one piece. A frame's length is judged from its header; the
-    buffer grows with what really comes, up to `BUFFER_BYTES`. Frames without a packet are rationed: call `refill` once
-    a second.
+    buffer grows with what really comes, up to `BUFFER_BYTES`. Frames without a packet are rationed, so many a second of
+    *clock*; without one no second ever passes.
     """
 
-    def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
+    def __init__(self, limit_bytes: int = LIMIT_BYTES, clock: Callable[[], float] = lambda: 0.0) -> None:
         self._limit_bytes = limit_bytes
+        self._clock = clock
         self._buffer = memoryview(bytearray(_FIRST_BUFFER_BYTES))
         self._start = self._end = 0  # of the unfinished frame
         self._junk_in_a_row = 0
         self._ration = FLOOD_LIMIT
+        self._rationed_since_s = clock()
         self._has_hello = False
         self._is_broken = False
 
@@ -107,21 +110,20 @@ class FrameDecoder:
         """No frame is unfinished: the stream may end here without having been cut."""
         return self._start == self._end
 
-    def refill(self) -> None:
-        """Allow `FLOOD_LIMIT` more frames without a packet: a second has passed."""
-        self._ration = FLOOD_LIMIT
-
     def space(self) -> memoryview:
         """Return where the next bytes of the stream are to be received: some room, and all of it may be used.
 
         What `decode` returned before is overwritten.
         """
-        buffer, unfinished = self._buffer, self._buffer[self._start : self._end]
-        if self._end == len(buffer) < BUFFER_BYTES:
-            self._buffer = memoryview(bytearray(min(2 * len(buffer), BUFFER_BYTES)))
-        if self._start or buffer is not self._buffer:
-            self._buffer[: len(unfinished)] = unfinished
-            self._start, self._end = 0, len(unfinished)
+        buffer, start, end = self._buffer, self._start, self._end
+        if end == len(buffer) < BUFFER_BYTES:
+            self._buffer = memoryview(bytearray(min(2 * end, BUFFER_BYTES)))
+        if start == end:
+            self._start = self._end = 0
+            return self._buffer
+        if start or buffer is not self._buffer:
+            self._buffer[: end - start] = buffer[start:end]
+            self._start, self._end = 0, end - start
         return self._buffer[self._end :]
 
     def decode(self, count: int) -> list[Event]:
@@ -159,7 +161,9 @@ class FrameDecoder:
                     return end
                 run_start, run_count = following, 0
             start = following
-        self._append_run(events, view[run_start:start], run_count)
+        if run_count:
+            self._junk_in_a_row = 0
+            events.append(Packets(view[run_start:start], run_count))
         return start
 
     def _append_run(self, events: list[Event], encoded: memoryview, count: int) -> None:
@@ -169,6 +173,8 @@ class FrameDecoder:
 
     def _append_other(self, events: list[Event], payload: memoryview, version: int) -> bool:
         """Append the event of a frame that carries no IP packet. Returns whether the link may go on."""
+        if (now_s := self._clock()) - self._rationed_since_s >= _FLOOD_WINDOW_S:
+            self._ration, self._rationed_since_s = FLOOD_LIMIT, now_s
         if not self._ration:
             self._break(events, "flood", f"sent more than {FLOOD_LIMIT} frames without a packet in a second")
             return False

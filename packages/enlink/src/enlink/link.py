@@ -25,7 +25,6 @@ KEEPALIVE_INTERVAL_S: Final = 5.0
 SILENCE_LIMIT_S: Final = 2 * KEEPALIVE_INTERVAL_S
 _WATCH_INTERVAL_S: Final = 1.0
 _FAREWELL_S: Final = 1.0
-_FLOOD_WINDOW_S: Final = 1.0
 _SCRATCH_BYTES: Final = 64 * 1024
 QUEUE_LIMIT_BYTES: Final = 512 * 1024  # that wait to be read: a millisecond at 4 Gbit/s
 _BULK_BYTES: Final = 32 * 1024
@@ -76,15 +75,15 @@ class Link:
         self._count = count
         self._stream = stream
         self._port: Port = port_of(stream)
-        self._decoder = FrameDecoder()
+        self._decoder = FrameDecoder(clock=trio.current_time)
         self._events: deque[Event] = deque()
         self._sending = trio.Lock()
         self._is_closed = False
         self._is_mid_frame = False
         self._take: Callable[[Packets], bool] = _take_nothing
-        self._refilled_at = trio.current_time()
         self._has_said_hello = False
-        self._last_sent = self._last_received = trio.current_time()
+        # To ask for the time is dear: `keep_alive` turns these into times once a second.
+        self._has_sent = self._has_received = False
         self._waiting_since: float | None = None
         # When the peer began to speak; for ever in the future, once it has said a word.
         self._began_to_speak: float | None = None
@@ -166,7 +165,7 @@ class Link:
             is_taken = self._port.offer(encoded)
         except (trio.BrokenResourceError, OSError):
             return False
-        self._last_sent = trio.current_time()
+        self._has_sent = True
         return is_taken
 
     def unread_bytes(self) -> int:
@@ -187,25 +186,31 @@ class Link:
             LinkEnded: nothing came for `SILENCE_LIMIT_S` (ENG peer), or half a frame and no more, or not a word within
                 `GREETING_DEADLINE_S` of the first byte (any peer).
         """
+        last_sent = last_received = trio.current_time()
         while True:
             asleep_since = trio.current_time()
             await trio.sleep(_WATCH_INTERVAL_S)
             self._port.settle()
             now = trio.current_time()
+            if self._has_sent:
+                self._has_sent, last_sent = False, now
+            if self._has_received:
+                self._has_received, last_received = False, now
             # We were stopped or starved: what the peer said meanwhile is still to be read.
             was_starved = now - asleep_since > 2 * _WATCH_INTERVAL_S
             if self._waiting_since is not None and not was_starved:
-                silent_for = now - max(self._waiting_since, self._last_received)
+                silent_for = now - max(self._waiting_since, last_received)
                 if silent_for >= SILENCE_LIMIT_S and self.speech == "eng":
                     raise LinkEnded("keepalive", f"the peer has said nothing for {silent_for:.0f} s")
                 if silent_for >= SILENCE_LIMIT_S and not self.is_between_frames:
                     raise PeerFault("frame_deadline", f"half a frame and nothing more for {silent_for:.0f} s")
             if self._began_to_speak is not None and now - self._began_to_speak >= GREETING_DEADLINE_S:
                 raise PeerFault("frame_deadline", f"not a word within {GREETING_DEADLINE_S:.0f} s of the first byte")
-            is_due = now - self._last_sent >= KEEPALIVE_INTERVAL_S
+            is_due = now - last_sent >= KEEPALIVE_INTERVAL_S
             # Whoever is sending at the moment says the same with more weight.
             if self.speech == "eng" and is_due and not self._sending.locked():
                 await self._send_control(Keepalive())
+                self._has_sent, last_sent = False, now
 
     async def aclose(self, message: Close | Error | None = None) -> None:
         """Close the link; with a message, tell an ENG peer first and let what is under way arrive. Takes 1 s at most.
@@ -314,12 +319,9 @@ class Link:
 
     def _digest(self, count: int) -> bool:
         """Take in what was received. Returns whether it is dealt with: nothing is left for a task to look at."""
-        self._last_received = now = trio.current_time()
+        self._has_received = True
         if self._began_to_speak is None:
-            self._began_to_speak = now
-        if now - self._refilled_at >= _FLOOD_WINDOW_S:
-            self._refilled_at = now
-            self._decoder.refill()
+            self._began_to_speak = trio.current_time()
         events = self._decoder.decode(count)
         # Of small reads none leaves much behind, and what they bring is in a hurry.
         if count >= _BULK_BYTES and self._port.unread_bytes() > QUEUE_LIMIT_BYTES:
@@ -358,7 +360,7 @@ class Link:
         except (trio.BrokenResourceError, OSError) as error:
             raise LinkEnded("reset", _how_it_broke(error)) from error
         self._is_mid_frame = False
-        self._last_sent = trio.current_time()
+        self._has_sent = True
 
 
 def describe(hello: Hello | None) -> str:

@@ -357,7 +357,8 @@ class Leg:
             self._connections.remove(connection)
 
     def _note_sent(self, holder: Connection, packets: Packets) -> None:
-        holder.last_sent_s = trio.current_time()
+        if holder.has_finished_reading.is_set():
+            holder.last_sent_s = trio.current_time()
         self._sent["packets"] += packets.count
         self._sent["bytes"] += len(packets.encoded)
 
