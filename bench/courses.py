@@ -28,6 +28,7 @@ from bench.streams import make_certificate
 LOAD: Final = str(FilePath(__file__).with_name("load.py"))
 HAPROXY: Final = FilePath(__file__).with_name("haproxy.cfg")
 PORT: Final = "7"
+CAPTURED: Final = (PORT, f"udp/{PORT}")  # connections and datagrams
 BEHIND: Final = "7007"  # the server, where something else has the port
 SPIN: Final = "300us"
 SERVER: Final = "10.81.3.2"
@@ -50,6 +51,7 @@ class Course:
     hosts: Mapping[Place, Host]
     address: str
     programs: Sequence[Program] = ()
+    carries_datagrams: bool = True
 
     def load(self, job: str, *words: float) -> dict[str, float]:
         """Run a load of bench/load.py; its figures."""
@@ -98,14 +100,14 @@ def through_eng(path: Path) -> Iterator[Course]:
 
 
 def plain_links() -> Path:
-    """A path that captures the load's port."""
-    return Path(capture=[PORT], replay=[PORT])
+    """A path that captures the load's port, and replays it."""
+    return Path(capture=CAPTURED, replay=CAPTURED)
 
 
 def spinning() -> Path:
     """The same with programs that look for more traffic for a moment before they sleep."""
     spin = ("--spin", SPIN)
-    return Path(capture=[PORT], replay=[PORT], client=spin, server=spin, near=spin, far=spin)
+    return Path(capture=CAPTURED, replay=CAPTURED, client=spin, server=spin, near=spin, far=spin)
 
 
 @contextmanager
@@ -113,7 +115,7 @@ def attested_links() -> Iterator[Path]:
     """The same with attested links, by the tests' stand-in for librats_tls, which encrypts as that does."""
     with tempfile.TemporaryDirectory(prefix="eng-bench-") as directory:
         library = standin.build(FilePath(directory) / "rats-tls")
-        with attested_path(library, FilePath(directory), capture=[PORT], replay=[PORT]) as path:
+        with attested_path(library, FilePath(directory), capture=CAPTURED, replay=CAPTURED) as path:
             yield path
 
 
@@ -125,7 +127,7 @@ def _relayed(path: Path, argv: Mapping[Place, Sequence[str]]) -> Iterator[Course
         programs = [stack.enter_context(path.running(place, *argv[place], ready=None)) for place in PLACES]
         for program in programs:
             _wait_until_listening(program)
-        yield Course(path.hosts, "127.0.0.1", programs)
+        yield Course(path.hosts, "127.0.0.1", programs, carries_datagrams=False)
 
 
 def _wait_until_listening(program: Program, timeout_s: float = 40) -> None:

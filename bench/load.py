@@ -3,6 +3,9 @@
 A connection's first byte says what the server does: ``U`` swallow what follows and tell, after a full stop, how much it
 was, ``D`` send until the client has enough, ``E`` echo. No figure depends on half-closed connections, which not every
 peer keeps. Nothing here knows of tunnels. Unlike in traffic.py, whoever swallows reads, as programs do.
+
+Datagrams to the same port are counted, by sender. All begin with a number; each `ANSWERED`th, and each that is nothing
+but a number, is answered with that number and the count.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ from __future__ import annotations
 import json
 import select
 import socket
+import struct
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,13 +28,23 @@ MESSAGE: Final = b"E" + b"\0" * 63
 END: Final = b"."
 BACKLOG: Final = 1024
 TIMEOUT_S: Final = 40.0
+DATAGRAM: Final = 1400 - 8  # without the header of UDP: with those of IP as well, a packet that no peer has to divide
+WINDOW: Final = 128  # datagrams on their way; the smallest receive buffer that a kernel grants on demand holds them all
+ANSWERED: Final = 16
+GIVEN_UP_AFTER_S: Final = 0.05
+NUMBER: Final = struct.Struct("!Q")
+ANSWER: Final = struct.Struct("!QQ")
 
 Figures = dict[str, float]
 
 
 def serve(port: int) -> None:
-    """Serve until killed, with a thread for each connection, as ordinary servers do."""
+    """Serve until killed, with a thread for each connection, as ordinary servers do, and one for all datagrams."""
     listener = socket.create_server(("0.0.0.0", port), backlog=BACKLOG)
+    datagrams = socket.socket(type=socket.SOCK_DGRAM)
+    datagrams.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * WINDOW * DATAGRAM)  # their overhead counts as well
+    datagrams.bind(("0.0.0.0", port))
+    threading.Thread(target=_count, args=(datagrams,), daemon=True).start()
     print("ready ", flush=True)
     while True:
         connection, _ = listener.accept()
@@ -53,6 +68,18 @@ def _answer(connection: socket.socket) -> None:
             case b"E":
                 while data := connection.recv(65536):
                     connection.sendall(data)
+
+
+def _count(datagrams: socket.socket) -> None:
+    counts: defaultdict[object, int] = defaultdict(int)
+    while True:
+        datagram, sender = datagrams.recvfrom(DATAGRAM)
+        is_question = len(datagram) == NUMBER.size
+        counts[sender] += not is_question
+        if is_question or counts[sender] % ANSWERED == 0:
+            answer = ANSWER.pack(*NUMBER.unpack_from(datagram), counts[sender])
+            with suppress(OSError):  # no way back just now: it is as good as lost
+                datagrams.sendto(answer, sender)
 
 
 Address = tuple[str, int]
@@ -108,6 +135,46 @@ def crowd(address: Address, seconds: float, count: float) -> Figures:
         crowd.open()
         crowd.echo(0)  # by then the server has accepted them all, and a thread for each
         return {"lost": count - crowd.echo(seconds), **crowd.figures()}
+
+
+def datagrams(address: Address, seconds: float) -> Figures:
+    """Send datagrams, never more than a window of them ahead of the answers; where none comes, it has been lost.
+
+    *count* and *per_s* are of those that have arrived, *lost_percent* of those sent.
+    """
+    with socket.socket(type=socket.SOCK_DGRAM) as connection:
+        connection.connect(address)
+        counted_before = _ask(connection, 0)
+        sent = answered = 0
+        began_s = now_s = time.monotonic()
+        while not sent or now_s - began_s < seconds:
+            if sent - answered < WINDOW:
+                sent += 1
+                connection.send(NUMBER.pack(sent).ljust(DATAGRAM, b"\0"))
+            else:
+                answer = _next_answer(connection)
+                answered = max(answered, answer[0]) if answer else sent
+            now_s = time.monotonic()
+        count = _ask(connection, sent + 1) - counted_before
+    return {"count": count, "per_s": count / (now_s - began_s), "lost_percent": 100 * (1 - count / sent)}
+
+
+def _ask(connection: socket.socket, number: int) -> int:
+    """Return how many datagrams have arrived before this question, which is asked until it is answered."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        connection.send(NUMBER.pack(number))
+        while answer := _next_answer(connection):
+            if answer[0] == number:
+                return answer[1]
+    raise TimeoutError("nobody counts the datagrams")
+
+
+def _next_answer(connection: socket.socket) -> tuple[int, int] | None:
+    if not select.select([connection], [], [], GIVEN_UP_AFTER_S)[0]:
+        return None
+    number, count = ANSWER.unpack(connection.recv(ANSWER.size))
+    return number, count
 
 
 class _Crowd:
@@ -251,7 +318,7 @@ def _percentiles(times_us: list[float]) -> Figures:
 
 
 CLIENTS: Final[dict[str, Callable[..., Figures]]] = {
-    each.__name__: each for each in (up, down, round_trips, loaded_round_trips, connections, crowd)
+    each.__name__: each for each in (up, down, round_trips, loaded_round_trips, connections, crowd, datagrams)
 }
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def measure(*, rounds: int, seconds: float, names: Sequence[str] = tuple(KINDS),
     crowds = {name: KINDS[name].most_connections for name in names}
     with ExitStack() as stack:
         courses = opened(stack, names, with_control(control) if control else nullcontext)
-        measures = (_upload, _download, _streams, _round_trips, _loaded, _connections)
+        measures = (_upload, _download, _streams, _round_trips, _loaded, _connections, datagrams)
         results, foreign = interleaved(courses, [partial(each, seconds=seconds) for each in measures], rounds)
         full = {name: courses[name] for name, most in crowds.items() if most >= 1000}
         crowd, _ = interleaved(full, [partial(_crowd, seconds=seconds)], rounds)
@@ -76,6 +76,16 @@ def _connections(course: Course, seconds: float) -> Figures:
     found = course.load("connections", seconds)
     cost = {"cpu_us_per_connection": (course.cpu_s() - before_s) / found["count"] * 1e6} if course.programs else {}
     return {"connections_per_s": found["per_s"], **cost}
+
+
+def datagrams(course: Course, seconds: float) -> Figures:
+    """How many arrive, how many do not, and what each costs; nothing where only connections are carried."""
+    if not course.carries_datagrams:
+        return {}
+    before_s = course.cpu_s()
+    found = course.load("datagrams", seconds)
+    cost = {"cpu_us_per_datagram": (course.cpu_s() - before_s) / found["count"] * 1e6} if course.programs else {}
+    return {"datagrams_per_s": found["per_s"], "lost_datagrams_percent": found["lost_percent"], **cost}
 
 
 def _crowd(course: Course, seconds: float) -> Figures:

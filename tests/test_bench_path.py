@@ -38,10 +38,11 @@ def test_the_path_is_measured_beside_the_direct_one() -> None:
     """1,000 connections at once included, of which none is lost."""
     names = ("eng", "direct")
     record = path.measure(rounds=1, seconds=SECONDS, names=names)
-    speeds = {"up_mbit_s", "down_mbit_s", "up_mbit_s, 8 streams", "connections_per_s"}
+    speeds = {"up_mbit_s", "down_mbit_s", "up_mbit_s, 8 streams", "connections_per_s", "datagrams_per_s"}
     times = {"round_trip_p50_us", "round_trip_p99_us", "loaded_round_trip_p50_us", "crowd_p50_us", "crowd_p99_us"}
-    costs = {"cpu_s_per_gb", "cpu_us_per_connection", "peak_memory_mib", "lost_of_1000"}
-    assert_complete(record, names, speeds | times | costs)
+    costs = {"cpu_s_per_gb", "cpu_us_per_connection", "cpu_us_per_datagram", "peak_memory_mib"}
+    losses = {"lost_of_1000", "lost_datagrams_percent"}
+    assert_complete(record, names, speeds | times | costs | losses)
     assert record.results["eng"]["lost_of_1000"] == [0]
     assert record.goals["1,000 connections at once, lost: none"][1]
     assert not any("socat" in goal for goal in record.goals)
@@ -62,6 +63,9 @@ def test_every_peer_that_is_installed_carries_the_load(name: str) -> None:
         assert course.load("up", SECONDS)["mbit_s"] > 0
         assert course.load("down", SECONDS)["mbit_s"] > 0
         assert course.load("crowd", SECONDS, 5)["lost"] == 0
+        figures = path.datagrams(course, SECONDS)
+        assert course.carries_datagrams == ("socat" not in name and "haproxy" not in name)
+        assert figures.get("datagrams_per_s", 0) > 0 if course.carries_datagrams else not figures
         if name == "direct":
             assert (course.cpu_s(), course.peak_memory_bytes()) == (0, 0)
         else:
@@ -93,6 +97,17 @@ def test_every_network_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {f"{figure}, {name}" for figure in ("up_mbit_s", "p50_ms", "p99_ms") for name in networks}
     assert_complete(record, ("eng", "direct"), figures)
     assert len(record.foreign) == 2
+
+
+def test_a_share_of_the_datagrams_that_the_network_loses_is_told_as_lost() -> None:
+    """And lost answers stop nobody: what has been lost is of the datagrams, whatever became of the answers."""
+    with KINDS["direct"].open(network.slow_wire(1, 400)) as course:
+        assert 20 < course.load("datagrams", 0.5)["lost_percent"] < 60
+        for host in ("near", "far"):
+            network.lose(course.hosts[host], 0)
+        found = course.load("datagrams", SECONDS)
+        assert found["lost_percent"] == 0
+        assert found["count"] > 1
 
 
 def test_the_slow_wire_takes_its_time_and_loses_what_it_is_to() -> None:
