@@ -1,11 +1,11 @@
-"""Which packets are marked, and that routers and kernels would still take them for good ones."""
+"""When and which packets are marked, and that routers and kernels would still take them for good ones."""
 
 from __future__ import annotations
 
 import struct
 
 import pytest
-from enlink.ecn import mark_congested
+from enlink.ecn import StandingQueue, mark_congested
 from enlink.frame import Packets, encode_packets
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,3 +65,41 @@ def test_a_checksum_that_would_become_negative_goes_round(added: int) -> None:
 @pytest.mark.parametrize("packet", [b"\x60\xff" + bytes(38), b"\x45\x02" + bytes(17), b"\x45"])
 def test_what_is_no_whole_ipv4_header_is_left_alone(packet: bytes) -> None:
     assert marked(packet) == ([packet], 0)
+
+
+LIMIT_BYTES, INTERVAL_S = 1000, 0.5
+LOOKS = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 2 * LIMIT_BYTES)), max_size=100)
+
+
+def told(looks: list[tuple[float, int]]) -> list[bool]:
+    """What a queue says at each look; a look is so much later than the one before, and finds so many bytes."""
+    now_s = 0.0
+    queue = StandingQueue(LIMIT_BYTES, INTERVAL_S, lambda: now_s)
+    answers = []
+    for later_s, queued_bytes in looks:
+        now_s += later_s
+        answers.append(queue.stands(queued_bytes))
+    return answers
+
+
+def test_a_queue_that_stays_is_told_once_an_interval() -> None:
+    assert told([(0.25, LIMIT_BYTES + 1)] * 8) == [False, False, True, False, True, False, True, False]
+
+
+def test_a_queue_that_is_gone_in_between_is_none() -> None:
+    assert not any(told([(0.3, LIMIT_BYTES + 1), (0.1, LIMIT_BYTES + 1), (0.0, LIMIT_BYTES)] * 20))
+
+
+def test_one_that_is_looked_at_seldom_is_told_all_the_same() -> None:
+    """It waits for a slow link."""
+    assert told([(10.0, LIMIT_BYTES + 1)] * 3) == [False, True, True]
+
+
+@given(LOOKS)
+def test_what_is_told_has_been_there_at_every_look_for_an_interval(looks: list[tuple[float, int]]) -> None:
+    there_s = -1.0  # for how long; less than nothing: there is none
+    for (later_s, queued_bytes), is_told in zip(looks, told(looks), strict=True):
+        is_queue = queued_bytes > LIMIT_BYTES
+        there_s = -1.0 if not is_queue else 0.0 if there_s < 0 else there_s + later_s
+        assert not is_told or there_s >= INTERVAL_S - 1e-9
+        there_s = 0.0 if is_told else there_s

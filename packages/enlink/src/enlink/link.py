@@ -11,7 +11,7 @@ from typing import Final, Literal, NoReturn, TypeGuard
 import trio
 
 from enlink.control import Close, ControlMessage, Error, Hello, Keepalive, Role, Unknown
-from enlink.ecn import mark_congested
+from enlink.ecn import StandingQueue, mark_congested
 from enlink.errors import ProtocolError, Unavailable
 from enlink.frame import Buffer, Discarded, Event, Fault, FrameDecoder, Packets, encode_control
 from enlink.port import Port
@@ -26,7 +26,8 @@ SILENCE_LIMIT_S: Final = 2 * KEEPALIVE_INTERVAL_S
 _WATCH_INTERVAL_S: Final = 1.0
 _FAREWELL_S: Final = 1.0
 _SCRATCH_BYTES: Final = 64 * 1024
-QUEUE_LIMIT_BYTES: Final = 512 * 1024  # that wait to be read: a millisecond at 4 Gbit/s
+QUEUE_LIMIT_BYTES: Final = 256 * 1024  # that wait to be read: half a millisecond at 4 Gbit/s
+QUEUE_INTERVAL_S: Final = 0.0005
 _BULK_BYTES: Final = 32 * 1024
 _BULK_PACKET_BYTES: Final = 1024
 _ORIGINAL_HINT: Final = " (an original ENTA or ENTG needs --wire original)"
@@ -76,6 +77,7 @@ class Link:
         self._stream = stream
         self._port: Port = port_of(stream)
         self._decoder = FrameDecoder(clock=trio.current_time)
+        self._queue = StandingQueue(QUEUE_LIMIT_BYTES, QUEUE_INTERVAL_S, trio.current_time)
         self._events: deque[Event] = deque()
         self._sending = trio.Lock()
         self._is_closed = False
@@ -323,8 +325,8 @@ class Link:
         if self._began_to_speak is None:
             self._began_to_speak = trio.current_time()
         events = self._decoder.decode(count)
-        # Of small reads none leaves much behind, and what they bring is in a hurry.
-        if count >= _BULK_BYTES and self._port.unread_bytes() > QUEUE_LIMIT_BYTES:
+        # A small read leaves nothing behind, and what it brings is in a hurry.
+        if self._queue.stands(self._port.unread_bytes() if count >= _BULK_BYTES else 0):
             self.marked += sum(mark_congested(event) for event in events if _is_bulk(event))
         # Whoever speaks for the first time is a matter for tasks, and so is all that is not packets.
         if len(events) == 1 and self.speech != "silent" and not self._events:
