@@ -1,5 +1,7 @@
 """``./dev bench [TOPIC ...] [--quick] [--record] [--check]``: each topic beside what it compares with.
 
+Without a topic it takes all of them, and with --quick the path.
+
 Prints a page and, as the last line of each topic, its figures as JSON. Exits with 1 if --check finds something slower.
 """
 
@@ -25,7 +27,7 @@ def main() -> int:
     """Measure the topics that the command line names, or all but the last."""
     parser = argparse.ArgumentParser("bench", description=__doc__)
     parser.add_argument("topics", nargs="*", metavar="topic", help=", ".join([*TOPICS, "half-close"]))
-    parser.add_argument("--quick", action="store_true", help="one short round: under a minute for the path")
+    parser.add_argument("--quick", action="store_true", help="one short round; of the path, if no topic is named")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float, help="for each figure")
     for option, what in (
@@ -38,9 +40,10 @@ def main() -> int:
         parser.error(f"no such topic: {', '.join(sorted(unknown))}")
     try:
         # Before minutes of measuring.
-        recorded = {name: Record.load(options.check, name) for name in _chosen(options.topics) if options.check}
+        chosen = _chosen(options.topics, is_quick=options.quick)
+        recorded = {name: Record.load(options.check, name) for name in chosen if options.check}
         slower = []
-        for name in _chosen(options.topics):
+        for name in chosen:
             before = recorded.get(name)
             record = _measure(name, TOPICS[name], options, before)
             if before:
@@ -55,8 +58,10 @@ def main() -> int:
     return 1 if slower else 0
 
 
-def _chosen(topics: list[str]) -> list[str]:
-    return [name for name in TOPICS if name in topics or not topics]
+def _chosen(topics: list[str], *, is_quick: bool) -> list[str]:
+    if not topics:
+        return ["path"] if is_quick else list(TOPICS)
+    return [name for name in TOPICS if name in topics]
 
 
 def _measure(name: str, topic: Topic, options: argparse.Namespace, before: Record | None) -> Record:

@@ -120,3 +120,12 @@ def test_an_attested_stream_is_measured_beside_those_it_is_compared_with() -> No
     for figures in results.values():
         assert len(figures) == 4
         assert all(value > 0 for rounds in figures.values() for value in rounds)
+
+
+def test_without_a_topic_everything_is_measured_and_quickly_the_path() -> None:
+    from bench.__main__ import _chosen
+    from bench.topics import TOPICS
+
+    assert _chosen([], is_quick=False) == list(TOPICS)
+    assert _chosen([], is_quick=True) == ["path"]
+    assert _chosen(["relay", "path", "half-close"], is_quick=True) == ["path", "relay"]
