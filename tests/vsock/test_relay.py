@@ -24,7 +24,8 @@ pytestmark = pytest.mark.vsock
 BLOCK: Final = bytes(range(256)) * 1024  # 256 KiB
 MUCH: Final = 256  # blocks, 64 MiB
 LESS: Final = 32  # the machine is a slow one
-LATE_S: Final = 0.6  # relays that give up on the other side soon after the first end, as some do, have done so by then
+DELAYS_S: Final = (0.0, 0.1, 2.0, 20.0)
+LATE_S: Final = 0.6  # whatever is not held back has come by then
 POLL_S: Final = 0.05
 _vsock_ports: Final = itertools.count(7000)
 
@@ -118,20 +119,25 @@ def digest_of_blocks(count: int) -> str:
     return hashed.hexdigest()
 
 
-@pytest.mark.parametrize("first", ["client", "target"])
 @in_trio
-async def test_a_late_reply_crosses_after_the_end_of_the_request(bridge: Bridged, first: str) -> None:
-    """Half-close, by either side: the other learns of the end, and what it says afterwards arrives whole."""
-    client, target = await bridge.connect()
-    asking, answering = (client, target) if first == "client" else (target, client)
-    async with client, target:
-        await asking.send_all(b"request")
-        await asking.send_eof()
-        assert await received(answering) == b"request"
-        await trio.sleep(LATE_S)
-        await answering.send_all(BLOCK)
-        await answering.send_eof()
-        assert await received(asking) == BLOCK
+async def test_every_byte_arrives_whoever_finishes_first_and_however_late_the_answer(bridge: Bridged) -> None:
+    """{client, target} finishes first × answer after {0, 0.1, 2, 20 s}, all at once: each learns of the other's end."""
+
+    async def converse(asking: trio.SocketStream, answering: trio.SocketStream, delay_s: float) -> None:
+        async with asking, answering:
+            await asking.send_all(b"request")
+            await asking.send_eof()
+            assert await received(answering) == b"request"
+            await trio.sleep(delay_s)
+            await answering.send_all(BLOCK)
+            await answering.send_eof()
+            assert await received(asking) == BLOCK
+
+    async with trio.open_nursery() as nursery:
+        for first, delay_s in itertools.product(("client", "target"), DELAYS_S):
+            client, target = await bridge.connect()
+            ends = (client, target) if first == "client" else (target, client)
+            nursery.start_soon(converse, *ends, delay_s)
 
 
 @in_trio
