@@ -189,6 +189,27 @@ def test_systemd_learns_of_a_stop_that_it_did_not_order(tmp_path: Path, monkeypa
         assert systemd.recv(100) == b"STOPPING=1"
 
 
+def test_a_program_that_was_to_stop_ignores_what_comes_after_the_block(caplog: pytest.LogCaptureFixture) -> None:
+    """Also as a failure: its own exit code tells more than that of a signal."""
+
+    async def main(*, is_failing: bool) -> None:
+        async with stop_signals() as stopping:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await stopping.wait()
+            if is_failing:
+                raise SystemFailure("the device is gone")
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+        await trio.testing.wait_all_tasks_blocked()
+
+    with caplog.at_level(logging.INFO):
+        trio.run(lambda: main(is_failing=False))
+        with pytest.raises(SystemFailure, match="the device is gone"):
+            trio.run(lambda: main(is_failing=True))
+    assert caplog.messages == ["stopping", "stopping"]
+    assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_IGN] * 3
+
+
 def test_a_block_that_ends_or_fails_by_itself_needs_no_signal_and_leaves_no_handler() -> None:
     async def main(*, is_failing: bool) -> None:
         async with stop_signals():
@@ -198,9 +219,8 @@ def test_a_block_that_ends_or_fails_by_itself_needs_no_signal_and_leaves_no_hand
 
     before = [signal.getsignal(number) for number in SIGNALS]
     trio.run(lambda: main(is_failing=False))
-    with pytest.raises(ExceptionGroup) as caught:
+    with pytest.raises(SystemFailure, match="the device is gone"):
         trio.run(lambda: main(is_failing=True))
-    assert caught.group_contains(SystemFailure, match="the device is gone")
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 

@@ -137,8 +137,10 @@ def run_program(
     - an OSError that nobody translated, 71;
     - SIGINT while *main* does not handle it, 130;
     - anything else, 70, told before all the others, because it is a mistake of ours.
+
+    SIGINT is ignored from the end of *main* on, and stays so: the process is to end now, with that code.
     """
-    with _interrupts_restored(), log_to_standard_error() as log, _unraisable_logged():
+    with log_to_standard_error() as log, _unraisable_logged():
         code, sentence, printed = 0, "", io.StringIO()
         try:
             try:
@@ -263,15 +265,6 @@ def _occupy_standard_descriptors() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)  # as the others are
     os.close(descriptor)
-
-
-@contextmanager
-def _interrupts_restored() -> Iterator[None]:
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

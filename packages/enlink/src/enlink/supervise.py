@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import FrameType
 
 import trio
 
@@ -78,24 +79,33 @@ async def stop_signals() -> AsyncIterator[Stopping]:
     The first SIGTERM or SIGINT sets the value given to the block, which then ends what it does in its own order, and
     tells systemd. The second one cancels the block, which then ends as if it had been done: only clean-up that is
     shielded still runs. SIGHUP is logged, since there is nothing to reload.
+
+    A program that was to stop ignores all three from the end of the block on: what they ask for is as good as done, and
+    one that came late would end it with an exit status of its own. After any other end they mean what they did before.
     """
     stopping = Stopping()
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        async with trio.open_nursery() as nursery:
+    token = trio.lowlevel.current_trio_token()
+    with trio.CancelScope() as block:
 
-            async def listen() -> None:
-                async for number in signals:
-                    name = signal.Signals(number).name
-                    if number == signal.SIGHUP:
-                        log_event(_logger, "nothing_to_reload", signal=name)
-                    elif stopping.is_set:
-                        log_event(_logger, "stopping_at_once", logging.WARNING, signal=name)
-                        nursery.cancel_scope.cancel()
-                    else:
-                        log_event(_logger, "stopping", signal=name)
-                        notify_supervisor("STOPPING=1")
-                        stopping.set(name)
+        def heed(number: int) -> None:
+            name = signal.Signals(number).name
+            if number == signal.SIGHUP:
+                log_event(_logger, "nothing_to_reload", signal=name)
+            elif stopping.is_set:
+                log_event(_logger, "stopping_at_once", logging.WARNING, signal=name)
+                block.cancel()
+            else:
+                log_event(_logger, "stopping", signal=name)
+                notify_supervisor("STOPPING=1")
+                stopping.set(name)
 
-            nursery.start_soon(listen)
+        def receive(number: int, _: FrameType | None) -> None:
+            token.run_sync_soon(heed, number, idempotent=True)
+
+        before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        try:
             yield stopping
-            nursery.cancel_scope.cancel()
+        finally:
+            # Not with trio's receiver, which gives the old handlers back, if only for a moment.
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_IGN if stopping.is_set else handler)
