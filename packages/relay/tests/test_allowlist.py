@@ -244,12 +244,18 @@ def test_a_name_that_moves_from_a_public_to_a_special_address_is_refused_as_rebi
     assert judge(["example.com:443", hint], "example.com", "192.0.2.1", address) == ["by_name", "by_address"]
 
 
-def test_a_name_of_a_private_network_may_lead_to_private_addresses_and_to_public_ones() -> None:
-    """As where one name is answered differently inside and outside; what comes first tells which it is."""
+@pytest.mark.proves("D23", "F29")
+def test_a_name_may_lead_to_private_addresses_until_it_has_led_to_a_public_one() -> None:
+    """Whatever it began with: who answers for it could have begun with anything."""
     rules = AllowList([parse_rule("db.internal:443")])
-    for answer in (["10.0.0.1"], ["192.0.2.1"], ["10.0.0.1"], ["192.0.2.1", "10.0.0.1"]):
-        assert reasons(rules, "db.internal", *answer) == ["by_name"] * len(answer)
-    assert reasons(rules, "db.internal", "127.0.0.1") == ["rebind"]
+    assert reasons(rules, "db.internal", "10.0.0.1", "10.0.0.2") == ["by_name", "by_name"]
+    assert reasons(rules, "db.internal", "127.0.0.1") == ["loopback"]
+    assert reasons(rules, "db.internal", "10.0.0.1") == ["by_name"]
+    assert reasons(rules, "db.internal", "93.184.215.14") == ["by_name"]
+    for address in ("10.0.0.1", "127.0.0.1", "169.254.169.254"):
+        assert reasons(rules, "db.internal", address) == ["rebind"]
+    assert reasons(rules, "db.internal", "93.184.215.14", "10.0.0.1") == ["by_name", "rebind"]
+    assert reasons(rules, "other.internal", "10.0.0.1") == ["not_listed"]
 
 
 def test_a_special_address_says_nothing_about_a_name() -> None:
@@ -394,13 +400,12 @@ def slowly_allowed(rules: Sequence[Rule], name: str, port: int, answers: Sequenc
                 wanted = rule.name.split(".")
                 tail = labels[-len(wanted) :]
                 listed |= tail == wanted and (len(labels) > len(wanted)) is rule.is_wildcard
-    ordinary = [[purpose for purpose in map(slow_purpose, answer) if purpose in ("", "private")] for answer in answers]
-    first = next((purposes for purposes in ordinary if purposes), [])
+    was_public = any(slow_purpose(address) == "" for answer in answers for address in answer)
     verdicts = []
     for address in answers[-1]:
         purpose = slow_purpose(address)
         covering = [network for network in networks if slowly_covers(network, address)]
-        is_ordinary = purpose == "" or (purpose == "private" and "" not in first)
+        is_ordinary = purpose == "" or (purpose == "private" and not was_public)
         is_local = labels[-1] == "localhost" and purpose == "loopback"
         is_meant = any(slowly_means(network, address) for network in covering)
         verdicts.append(is_meant or (bool(covering) and is_ordinary) or (listed and (is_ordinary or is_local)))

@@ -13,7 +13,7 @@ is refused. Sockets of the unix family are guarded by the file system, not here.
 
 A name says nothing about where it leads, which is for whoever answers for it in the DNS to say. So each address that it
 resolves to is judged as well: an ordinary one passes, one with a special purpose (see addresses.py) does not, and
-once a name has led to public addresses, private ones are refused too. Rules for addresses open these, but only when
+once a name has led to a public address, private ones are refused too, for good. Rules for addresses open these, but only when
 they mean them: ``0.0.0.0/0`` does not open 169.254.169.254; a network inside the special range does.
 """
 
@@ -174,14 +174,14 @@ def canonical_name(name: str) -> str:
 
 
 class AllowList:
-    """What may be dialled, and what has been learnt about names: one entry for each name that was judged."""
+    """What may be dialled, and which names have ever led to a public address."""
 
     def __init__(self, rules: Iterable[Rule]) -> None:
         rules = list(rules)
         self._names = [rule for rule in rules if isinstance(rule, NameRule)]
         self._networks = [rule for rule in rules if isinstance(rule, NetworkRule)]
         self._vsock = [rule for rule in rules if isinstance(rule, VsockRule)]
-        self._is_public: dict[str, bool] = {}
+        self._public: set[str] = set()
 
     def judge_host(self, host: str, port: int) -> Verdict:
         """Judge a TCP target as it is written; if it is a name, before it is resolved.
@@ -206,16 +206,15 @@ class AllowList:
     def judge_answer(self, host: str, port: int, addresses: Sequence[Address]) -> list[Verdict]:
         """Judge each of the addresses to which the name *host* has been resolved now.
 
-        The first answer that has an ordinary address tells whether the name is a public one, for good.
+        From the first ordinary address on, which may be among these, the name is a public one, for good.
 
         Raises:
             UsageError: *host* is no name.
         """
         name = canonical_name(host)
         addresses = [plain(address) for address in addresses]
-        purposes = [purpose and purpose[0] for purpose in map(purpose_of, addresses)]
-        if None in purposes or "private" in purposes:
-            self._is_public.setdefault(name, None in purposes)
+        if None in map(purpose_of, addresses):
+            self._public.add(name)
         return [self._judge(address, port, name) for address in addresses]
 
     def judge_vsock(self, cid: int, port: int) -> Verdict:
@@ -234,7 +233,7 @@ class AllowList:
         if not is_listed and not covering:
             return _not_listed(what, rule_for(str(address), port))
         special = purpose_of(address)
-        if special is None or (special[0] == "private" and not (name and self._is_public.get(name))):
+        if special is None or (special[0] == "private" and name not in self._public):
             return Verdict(True, "by_address" if covering else "by_name", f"{what} is allowed")
         purpose, length = special
         # Networks that share an address lie one in the other: a longer prefix means the special range, or a part of it.
@@ -243,7 +242,7 @@ class AllowList:
         # RFC 6761, 6.3: these names can lead nowhere else.
         if purpose == "loopback" and is_listed and f".{name}".endswith(".localhost"):
             return Verdict(True, "by_name", f"{what} is allowed")
-        reason: Reason = "rebind" if name in self._is_public else purpose
+        reason: Reason = "rebind" if name in self._public else purpose
         rule = rule_for(str(address), port)
         return Verdict(False, reason, f"{what} is refused: it is {_WORDS[purpose]}; if it is meant, allow {rule}")
 
