@@ -13,8 +13,8 @@ is refused. Sockets of the unix family are guarded by the file system, not here.
 
 A name says nothing about where it leads, which is for whoever answers for it in the DNS to say. So each address that it
 resolves to is judged as well: an ordinary one passes, one with a special purpose (see addresses.py) does not, and
-once a name has led to a public address, private ones are refused too, for good. Rules for addresses open these, but only when
-they mean them: ``0.0.0.0/0`` does not open 169.254.169.254; a network inside the special range does.
+once a name has led to a public address, private ones are refused too, for good. Rules for addresses open these, but
+only when they mean them: ``0.0.0.0/0`` does not open 169.254.169.254; a network inside the special range does.
 """
 
 from __future__ import annotations
