@@ -12,8 +12,9 @@ import pytest
 from enlink.endpoint import parse_dial, parse_listen
 from enlink.errors import UsageError
 from relay.allowlist import parse_rule
-from relay.cli import _config, _parser
+from relay.cli import _parser
 from relay.config import BRIDGE_SETTINGS, RELAY_SETTINGS, parse_file
+from relay.options import to_config
 from relay.proxy_protocol import VsockConnection, encode_header
 
 PAGE = (Path(__file__).parent.parent / "docs" / "relay.md").read_text()
@@ -84,7 +85,7 @@ def commands() -> list[list[str]]:
 def test_each_command_is_understood(words: list[str]) -> None:
     options = _parser().parse_args(words)
     if words[0].startswith("--") and options.config is None:
-        assert _config(options).bridges
+        assert to_config(options, None).bridges
 
 
 def test_there_are_commands() -> None:

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import trio
 from enlink.testing.hosts import Host, Network
-from enlink.testing.programs import FAR_BEYOND_S, Program, started, until
+from enlink.testing.programs import FAR_BEYOND_S, Program, comes_true, started, until
 
 PORT, SERVER_PORT = 7100, 9100
 PAIR = ("--listen", f"127.0.0.1:{PORT}", "--target", f"127.0.0.1:{SERVER_PORT}")
@@ -304,17 +304,31 @@ def test_a_dead_target_holds_a_place_no_longer_than_the_connect_timeout(host: Ho
 
 
 @pytest.mark.proves("G11")
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_an_orderly_stop_takes_nobody_new_and_lets_those_that_are_there_finish(host: Host, workers: str) -> None:
+@pytest.mark.parametrize(
+    ("workers", "told"), [("1", "the first"), ("2", "the first"), ("2", "all"), ("2", "all twice")]
+)
+def test_an_orderly_stop_takes_nobody_new_and_lets_those_that_are_there_finish(
+    host: Host, workers: str, told: str
+) -> None:
+    """Also where all processes are told, as systemd does: workers take no number of signals for a second wish."""
+
     async def test() -> None:
         async with trio.open_nursery() as servers:
             await servers.start(trio.serve_tcp, echo, SERVER_PORT)
             async with await connect() as stream:
                 await ask(stream, b"before")
+                others = pids(relay) if told.startswith("all") else []
                 relay.signal(signal.SIGTERM)
+                for pid in others:
+                    os.kill(pid, signal.SIGTERM)
                 began_s = time.monotonic()
                 await until_refused()
                 assert time.monotonic() - began_s < 8 * 0.1
+                for pid in others if told == "all twice" else []:
+                    os.kill(pid, signal.SIGTERM)
+                for number in range(50):  # half a second, in which a second wish would long have come
+                    await ask(stream, b"%d" % number)
+                    await trio.sleep(0.01)
                 await ask(stream, bytes(MIB))
                 assert relay.process.poll() is None
             servers.cancel_scope.cancel()
@@ -390,10 +404,68 @@ def test_workers_that_die_are_replaced_and_none_outlives_the_first_process(host:
         assert [event["exit_code"] for event in relay.events("worker_ended")] == [-9, -9]
         second = pids(relay)
         relay.kill()
-        deadline_s = time.monotonic() + 20
-        while any(is_running(pid) for pid in second):
-            assert time.monotonic() < deadline_s
-            time.sleep(0.01)
+        assert comes_true(lambda: not any(is_running(pid) for pid in second), FAR_BEYOND_S)
+
+
+def test_a_first_process_that_dies_ends_its_workers_in_good_order(host: Host) -> None:
+    """They have nobody to tell any more, and let their connections finish as if they had been told to stop."""
+
+    async def test() -> None:
+        async with trio.open_nursery() as servers:
+            await servers.start(trio.serve_tcp, echo, SERVER_PORT)
+            async with await connect() as stream:
+                await ask(stream, b"before")
+                relay.kill()
+                await until_refused()
+                await trio.sleep(1)  # the time for two reports
+                await ask(stream, bytes(MIB))
+            servers.cancel_scope.cancel()
+
+    with relaying(host, *PAIR, "--workers", "2", "--grace", "1m") as relay:
+        workers = pids(relay)
+        on(host, test)
+        assert comes_true(lambda: not any(is_running(pid) for pid in workers), FAR_BEYOND_S)
+        assert "internal error" not in relay.log()
+
+
+def test_a_new_worker_leads_where_the_others_lead_whatever_the_file_says_by_now(host: Host, tmp_path: Path) -> None:
+    """An edited file takes effect by a restart, for all bridges and all workers at once."""
+    ports = (PORT, PORT + 1)
+    targets = (SERVER_PORT, SERVER_PORT + 1)
+    file = tmp_path / "relay.toml"
+
+    def write(bridges: Iterable[tuple[int, int]]) -> None:
+        tables = (f'[[bridge]]\nlisten = "127.0.0.1:{port}"\ntarget = "127.0.0.1:{to}"\n' for port, to in bridges)
+        file.write_text("workers = 2\n" + "".join(tables))
+
+    async def test() -> None:
+        async def name(number: int, stream: Stream) -> None:
+            async with stream:
+                await stream.send_all(b"%d" % number)
+
+        async with trio.open_nursery() as servers:
+            for target in targets:
+                await servers.start(trio.serve_tcp, partial(name, target), target)
+            for port, target in [*zip(ports, targets, strict=True)] * 10:
+                async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                    assert await stream.receive_some() == b"%d" % target
+            servers.cancel_scope.cancel()
+
+    write(zip(ports, targets, strict=True))
+    with relaying(host, "--config", str(file)) as relay:
+        on(host, test)
+        write(zip(reversed(ports), reversed(targets), strict=True))
+        first = pids(relay)
+        for pid in first:
+            os.kill(pid, signal.SIGKILL)
+        relay.wait_until(lambda: len(set(pids(relay)) - {*first, None}) == 2, "complete again")
+        relay.wait_until(lambda: bridge_of(relay).get("max_concurrent_connections") == 1024, "complete again")
+        on(host, test)
+        file.unlink()
+        os.kill(pids(relay)[0], signal.SIGKILL)
+        relay.wait_until(lambda: relay.status()["workers"]["replaced"] == 3, "told of its end")
+        relay.wait_until(lambda: bridge_of(relay).get("max_concurrent_connections") == 1024, "complete again")
+        on(host, test)
 
 
 def pids(relay: Program) -> list[int]:

@@ -56,7 +56,7 @@ def understood(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RelayConfig]:
     def run(*argv: str) -> RelayConfig:
         taken: list[RelayConfig] = []
 
-        async def serve(config: RelayConfig, _: Path | None) -> None:
+        async def serve(config: RelayConfig, *_: object) -> None:
             taken.append(config)
 
         monkeypatch.setattr(sys, "argv", ["relay", *argv])
@@ -113,11 +113,16 @@ def understood(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RelayConfig]:
             78,
             "no --allow lets tcp://127.0.0.1:7000 reach its target: 127.0.0.1 port",
         ),
-        ("--config /nowhere", 78, "cannot read /nowhere"),
+        ("--config /nowhere", 78, "cannot read /nowhere (No such file or directory): name another file with --config"),
         ("--config /nowhere --grace 5s", 78, "--config /nowhere says it all: put the other options into that file"),
         ("--log-level loud", 64, "argument --log-level: invalid choice: 'loud'"),
         ("vsock-proxy", 64, "the following arguments are required: local_port, remote_addr, remote_port"),
         ("vsock-proxy 8000 localhost 80 --config /nowhere", 78, "cannot read the allow-list /nowhere"),
+        ("--config /a vsock-proxy 8000 h 443", 64, "--config is of no use before vsock-proxy, whose own options stand"),
+        ("--grace 0s vsock-proxy 8000 h 443", 64, "--grace is of no use before vsock-proxy"),
+        ("--tcp-to-vsock --workers 2 status", 64, "--tcp-to-vsock is of no use before status, whose own options"),
+        ("--allow h:1 --no-splice status", 64, "--allow is of no use before status"),
+        ("--log-level error status --pid 1", 69, "no relay runs here as process 1"),
         ("status --pid 1", 69, "no relay runs here as process 1: start one, or give its --status-socket"),
     ],
 )
@@ -127,9 +132,23 @@ def test_a_command_line_that_makes_no_sense_is_refused_in_one_line(
     words = argv.split()
     needs_pair = words and words[0].startswith("--") and not {"--listen", "--target", "--config"} & {*words}
     needs_pair = needs_pair and not any("address" in word or word.startswith("--tcp") for word in words)
+    needs_pair = needs_pair and not {"vsock-proxy", "status"} & {*words}
     found, line = refused(*(PAIR if needs_pair else ()), *words)
     assert (found, line.partition(": ")[0]) == (code, "relay")
     assert expected in line
+
+
+def test_a_file_that_is_no_text_is_refused(refused: Refuse, tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff")
+    expected = f"relay: cannot read {tmp_path}/binary (it is no UTF-8 text): name another file with --config"
+    assert refused("--config", f"{tmp_path}/binary") == (78, expected)
+
+
+def test_a_variable_for_workers_that_somebody_else_has_set_is_refused(
+    refused: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENG_RELAY_WORKER", "x")
+    assert refused(*PAIR) == (78, "relay: ENG_RELAY_WORKER='x' is no share of a relay's work: unset it")
 
 
 # What is understood.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
@@ -36,16 +39,55 @@ def test_connections_are_divided_exactly_and_evenly(numbers: tuple[int, int]) ->
     assert min(shares) >= 1
 
 
-def test_a_worker_that_finds_another_configuration_says_so() -> None:
-    with pytest.raises(ConfigError, match="the configuration file has changed: restart the relay"):
-        Share(0, 3, [[4], [5]]).of(config_of(10, 2))
+@pytest.fixture
+def hand_over(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], int]]:
+    """Puts a text where a worker looks for its share; gives the descriptor."""
+    with TemporaryFile("w") as file:
+
+        def put(text: str) -> int:
+            file.write(text)
+            file.flush()
+            descriptor = os.dup(file.fileno())
+            monkeypatch.setenv("ENG_RELAY_WORKER", str(descriptor))
+            return descriptor
+
+        yield put
 
 
-def test_a_process_is_a_worker_only_if_it_is_told_so_and_its_children_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+@given(st.integers(0, 9), st.lists(st.lists(st.integers(3, 99))), st.none() | st.text())
+def test_a_share_arrives_as_it_was(number: int, listeners: list[list[int]], file: str | None) -> None:
+    share = Share(number, 3, listeners, file)
+    with pytest.MonkeyPatch.context() as patch, TemporaryFile("w") as written:
+        json.dump(asdict(share), written)
+        written.flush()
+        patch.setenv("ENG_RELAY_WORKER", str(os.dup(written.fileno())))
+        assert own_share() == share
+
+
+def test_a_process_is_a_worker_only_if_it_is_told_so_and_its_children_are_none(
+    hand_over: Callable[[str], int],
+) -> None:
     assert own_share() is None
-    monkeypatch.setenv("ENG_RELAY_WORKER", json.dumps({"number": 1, "control": 3, "listeners": [[4, 5]]}))
-    assert own_share() == Share(1, 3, [[4, 5]])
+    descriptor = hand_over('{"number": 1, "control": 3, "listeners": [[4, 5]], "file": "workers = 2"}')
+    assert own_share() == Share(1, 3, [[4, 5]], "workers = 2")
     assert "ENG_RELAY_WORKER" not in os.environ
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"number": 1, "colour": "red"}'])
+def test_a_share_that_is_none_is_told_by_the_variable(hand_over: Callable[[str], int], text: str) -> None:
+    descriptor = hand_over(text)
+    with pytest.raises(ConfigError, match=f"ENG_RELAY_WORKER='{descriptor}' is no share of a relay's work: unset it"):
+        own_share()
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1000000000"])
+def test_a_variable_that_names_no_share_is_told(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("ENG_RELAY_WORKER", text)
+    with pytest.raises(ConfigError, match=f"ENG_RELAY_WORKER='{text}' is no share of a relay's work: unset it"):
+        own_share()
 
 
 @given(DOCUMENTS, DOCUMENTS, DOCUMENTS)

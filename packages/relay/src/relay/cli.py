@@ -9,19 +9,19 @@ import os
 import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, Final
 
 import trio
-from enlink.endpoint import Endpoint, Tcp, Vsock, parse_dial, parse_listen
-from enlink.errors import ConfigError, Unavailable, UsageError
+from enlink.endpoint import parse_dial, parse_listen
+from enlink.errors import Unavailable, UsageError
 from enlink.instance import InstanceLock, live_instances
 from enlink.program import SPIN_HELP, ProgramParser, announce_ready, run_program
 from enlink.status import fetch_status, render_status, serve_status
 from enlink.supervise import stop_signals
 
 from relay import __version__
-from relay.config import BRIDGE_SETTINGS, RELAY_SETTINGS, BridgeConfig, RelayConfig, parse_file
+from relay.config import BRIDGE_SETTINGS, RELAY_SETTINGS, BridgeConfig, RelayConfig
 from relay.loopback import set_up_loopback
+from relay.options import given_options, read_file, to_config
 from relay.resolver import open_resolver
 from relay.service import listening_on, open_relay
 from relay.vsock_proxy import add_arguments, from_options, settle
@@ -50,7 +50,6 @@ examples:
     relay --config relay.toml
 """
 _logger = logging.getLogger(__name__)
-_CLASSIC: Final = ("tcp_address", "vsock_address", "tcp_to_vsock", "mock_vsock")
 
 
 def main() -> int:
@@ -88,7 +87,7 @@ def _parser() -> ProgramParser:
     )
     _add_settings(parser)
     parser.add_common_options(__version__)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     status = commands.add_parser(
         "status",
         help="show what a running relay does",
@@ -148,75 +147,20 @@ def _add_settings(parser: ProgramParser) -> None:
 
 
 async def _main(options: argparse.Namespace) -> None:
+    if options.command is not None and (given := given_options(options)):
+        raise UsageError(
+            f"{given[0]} is of no use before {options.command}, whose own options stand behind it:"
+            f" see relay {options.command} --help"
+        )
     await options.run(options)
 
 
-def _config(options: argparse.Namespace) -> RelayConfig:
-    values: dict[str, dict[str, Any]] = {
-        name: {
-            setting.field: tuple(given) if setting.is_list else given
-            for option, setting in settings.items()
-            if (given := getattr(options, option.replace("-", "_"))) is not None
-        }
-        for name, settings in (("bridge", BRIDGE_SETTINGS), ("relay", RELAY_SETTINGS))
-    }
-    if options.config is not None:
-        if values["bridge"] or values["relay"] or options.listen or options.target or _classic(options):
-            raise ConfigError(f"--config {options.config} says it all: put the other options into that file")
-        return parse_file(_read(options.config), str(options.config))
-    pairs = _pairs(options)
-    bridges = [BridgeConfig(listen=listen, target=target, **values["bridge"]) for listen, target in pairs]
-    return RelayConfig(bridges=tuple(bridges), **values["relay"])
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-
-
-def _classic(options: argparse.Namespace) -> list[str]:
-    """The options of the classic command line that were given."""
-    return [f"--{name.replace('_', '-')}" for name in _CLASSIC if getattr(options, name) not in (None, False)]
-
-
-def _pairs(options: argparse.Namespace) -> list[tuple[Endpoint, Endpoint]]:
-    classic = _classic(options)
-    if not classic and not options.listen and not options.target:
-        raise UsageError(
-            "nothing to relay: give --listen and --target, or --tcp-address and --vsock-address, or --config;"
-            " see relay --help"
-        )
-    if classic and (options.listen or options.target):
-        raise ConfigError(f"{classic[0]} and --listen or --target are two ways to say it: use one")
-    if not classic:
-        if len(options.listen) != len(options.target):
-            raise UsageError(
-                f"--listen is there {len(options.listen)} times and --target {len(options.target)} times:"
-                " give each --listen its --target"
-            )
-        return list(zip(options.listen, options.target, strict=True))
-    for name in _CLASSIC[:2]:
-        if getattr(options, name) is None:
-            missing = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{missing} is missing: {classic[0]} goes with both --tcp-address and --vsock-address")
-    kind: Any = Tcp if options.mock_vsock else Vsock
-    tcp, vsock = ("--tcp-address", options.tcp_address, Tcp), ("--vsock-address", options.vsock_address, kind)
-    listen, dial = (tcp, vsock) if options.tcp_to_vsock else (vsock, tcp)
-    return [(_endpoint(parse_listen, *listen), _endpoint(parse_dial, *dial))]
-
-
-def _endpoint(parse: Any, option: str, text: str, kind: type[Tcp | Vsock]) -> Endpoint:
-    try:
-        endpoint: Endpoint = parse(text, kind)
-    except UsageError as error:
-        raise UsageError(f"{option}: {error}; see relay --help") from error
-    return endpoint
-
-
 async def _relay(options: argparse.Namespace) -> None:
-    await _serve(_config(options), options.status_socket)
+    if (share := own_share()) is not None:
+        await _work(share.of(to_config(options, share.file)), share)
+        return
+    file = read_file(options)
+    await _serve(to_config(options, file), options.status_socket, file)
 
 
 async def _vsock_proxy(options: argparse.Namespace) -> None:
@@ -230,10 +174,7 @@ async def _vsock_proxy(options: argparse.Namespace) -> None:
     await _serve(RelayConfig(bridges=(bridge,)), options.status_socket)
 
 
-async def _serve(config: RelayConfig, status_path: Path | None) -> None:
-    if (share := own_share()) is not None:
-        await _work(share.of(config), share)
-        return
+async def _serve(config: RelayConfig, status_path: Path | None, file: str | None = None) -> None:
     if config.setup_loopback:
         set_up_loopback()
     async with AsyncExitStack() as stack:
@@ -243,7 +184,7 @@ async def _serve(config: RelayConfig, status_path: Path | None) -> None:
         listeners = await stack.enter_async_context(listening_on(config, stopping))
         if not listeners:
             return
-        workers = Workers(config, listeners)
+        workers = Workers(config, file, listeners)
         lock = stack.enter_context(InstanceLock("relay", str(os.getpid()), status_path=status_path))
         async with trio.open_nursery() as nursery:
             snapshot = workers.snapshot if relay is None else relay.snapshot
@@ -258,10 +199,8 @@ async def _serve(config: RelayConfig, status_path: Path | None) -> None:
 
 
 async def _work(config: RelayConfig, share: Share) -> None:
-    async with stop_signals() as stopping, open_relay(config) as relay, trio.open_nursery() as nursery:
-        nursery.start_soon(share.report, relay, stopping)
-        await relay.run(share.sockets(), stopping)
-        nursery.cancel_scope.cancel()
+    async with open_relay(config) as relay:
+        await share.work(relay)
 
 
 async def _announce_workers(config: RelayConfig, workers: Workers) -> None:
