@@ -113,6 +113,11 @@ def understood(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RelayConfig]:
             78,
             "no --allow lets tcp://127.0.0.1:7000 reach its target: 127.0.0.1 port",
         ),
+        (
+            "--listen 7000 --target unix:/run/app.sock --allow 127.0.0.1:80",
+            78,
+            "no rule can be about unix:/run/app.sock, only about TCP and vsock: leave allow out",
+        ),
         ("--config /nowhere", 78, "cannot read /nowhere (No such file or directory): name another file with --config"),
         ("--config /nowhere --grace 5s", 78, "--config /nowhere says it all: put the other options into that file"),
         ("--log-level loud", 64, "argument --log-level: invalid choice: 'loud'"),

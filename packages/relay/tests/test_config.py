@@ -44,12 +44,11 @@ max-lifetime = "2h"
 half-close-timeout = 60
 proxy-protocol = true
 vsock-buffer = "1MiB"
-allow = []
 """
 
 
 def test_a_file_says_all_that_the_command_line_can() -> None:
-    """A bridge's own settings win over those for every bridge."""
+    """A bridge's own settings win over those for every bridge, and rules are not about unix sockets."""
     assert parse_file(WHOLE, "relay.toml") == RelayConfig(
         grace_s=3.0,
         workers=2,
@@ -108,11 +107,26 @@ BRIDGE = '[[bridge]]\nlisten = "8080"\ntarget = "127.0.0.1:80"\n'
         (f"idle-timeout = '5'\nidle_timeout = '5'\n{BRIDGE}", "f: 'idle_timeout' is not known"),
         (f"idle-timeout = 'soon'\n{BRIDGE}", "f: idle-timeout: 'soon' is no duration"),
         (f"idle-timeout = '0s'\n{BRIDGE}", "f: idle-timeout: '0s' is no time at all"),
-        (f"idle-timeout = true\n{BRIDGE}", "f: idle-timeout = True is no text"),
+        (
+            f"idle-timeout = true\n{BRIDGE}",
+            "f: idle-timeout = true is neither text nor a number: write it as the option, in quotes",
+        ),
+        (f"workers = [2]\n{BRIDGE}", "f: workers = [2] is neither text nor a number"),
+        (f"workers = 2026-01-01\n{BRIDGE}", 'f: workers = "2026-01-01" is neither text nor a number'),
         (f"workers = 0\n{BRIDGE}", "f: workers: '0' is not a number from 1 to 1000000"),
         (f"workers = '2 '\n{BRIDGE}", "f: workers: '2 ' is not a number"),
-        (f"setup-loopback = 'yes'\n{BRIDGE}", "f: setup-loopback = 'yes' is neither true nor false"),
-        (f"allow = '16:*'\n{BRIDGE}", "f: allow = '16:*' is no list: write it in [ ]"),
+        (f"setup-loopback = 'yes'\n{BRIDGE}", 'f: setup-loopback = "yes" is neither true nor false'),
+        (f"allow = '16:*'\n{BRIDGE}", 'f: allow = "16:*" is no list: write it in [ ]'),
+        (f"allow = []\n{BRIDGE}", "f: allow = [] does not say what to allow: list that, or leave it out"),
+        (f"allow = ['16:*']\n{BRIDGE}allow = []", "f, bridge 1: allow = [] does not say what to allow"),
+        (
+            "[[bridge]]\nlisten = '80'\ntarget = 'unix:/a'\nallow = ['16:*']",
+            "f, bridge 1: no rule can be about unix:/a, only about TCP and vsock: leave allow out there",
+        ),
+        (
+            "[[bridge]]\nlisten = '80'\ntarget = 'unix-vsock:/a:5'\nallow = ['16:*']",
+            "f, bridge 1: no rule can be about unix-vsock:/a:5, only about",
+        ),
         (f"allow = [5]\n{BRIDGE}", "f: allow: '5' names no port"),
         (f"vsock-buffer = '1 MB'\n{BRIDGE}", "f: vsock-buffer: '1 MB' is no size: write bytes, or as in 256k or 1m"),
         (f"vsock-buffer = 1000\n{BRIDGE}", "f: vsock-buffer: '1000' is not a size from 4k to 1024m"),
@@ -133,6 +147,28 @@ def test_no_file_makes_it_crash(noise: str, text: str, place: int, length: int) 
     """Neither any text, nor a good file of which a piece is something else."""
     with suppress(ConfigError):
         parse_file(text[:place] + noise + text[place + length :], "f")
+
+
+def bridges_between(*pairs: tuple[int, int]) -> tuple[BridgeConfig, ...]:
+    return tuple(BridgeConfig(listen=Tcp("h", listen), target=Tcp("h", target)) for listen, target in pairs)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([(1, 1)], "tcp://h:1 leads to itself: give another --target"),
+        ([(1, 2), (2, 1)], "tcp://h:1 leads to itself by way of tcp://h:2: give another --target"),
+        ([(5, 1), (1, 2), (2, 3), (3, 1)], "tcp://h:1 leads to itself by way of tcp://h:2: give another --target"),
+    ],
+)
+def test_bridges_that_lead_round_in_a_circle_are_refused(pairs: list[tuple[int, int]], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RelayConfig(bridges=bridges_between(*pairs))
+    assert str(caught.value) == expected
+
+
+def test_bridges_may_lead_to_one_another() -> None:
+    assert len(RelayConfig(bridges=bridges_between((1, 2), (2, 3), (4, 2), (5, 3))).bridges) == 4
 
 
 def test_a_relay_without_a_bridge_is_none() -> None:

@@ -18,6 +18,7 @@ every bridge, and a table for each bridge, where its own options stand beside ``
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from enlink.duration import parse_duration_s, parse_spin_s
-from enlink.endpoint import Endpoint, parse_dial, parse_listen
+from enlink.endpoint import Endpoint, Tcp, Vsock, parse_dial, parse_listen
 from enlink.errors import ConfigError, UsageError
 
 from relay.allowlist import Rule, parse_rule
@@ -39,7 +40,7 @@ class BridgeConfig:
     """One listening endpoint and where its connections lead.
 
     Attributes:
-        allow: what may be dialled; empty: the target, whatever it is.
+        allow: what may be dialled, of TCP and vsock; empty: the target, whatever it is.
         max_connections: so many at once; more wait in the backlog.
         connect_timeout_s: for reaching the target, name look-up included.
         idle_timeout_s: a connection on which nothing moves for so long is ended; None: never.
@@ -59,6 +60,10 @@ class BridgeConfig:
     half_close_timeout_s: float | None = None
     proxy_protocol: bool = False
     vsock_buffer_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.allow and not _is_ruled(self.target):
+            raise ConfigError(f"no rule can be about {self.target}, only about TCP and vsock: leave allow out there")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,13 +93,23 @@ class RelayConfig:
             if bridge.listen in seen:
                 raise ConfigError(f"{bridge.listen} is listened on twice: give each bridge an address of its own")
             seen.add(bridge.listen)
-            if bridge.listen == bridge.target:
-                raise ConfigError(f"{bridge.listen} leads to itself: give another --target")
             if bridge.max_connections < self.workers:
                 raise ConfigError(
                     f"{bridge.max_connections} connections cannot be shared by {self.workers} workers:"
                     " raise --max-concurrent-connections or lower --workers"
                 )
+        self._refuse_circles()
+
+    def _refuse_circles(self) -> None:
+        """A connection would go round until every bridge on the way is full."""
+        leads: dict[Endpoint | None, Endpoint] = {bridge.listen: bridge.target for bridge in self.bridges}
+        for listen, target in leads.items():
+            there: Endpoint | None = target
+            for _ in leads:
+                if there == listen:
+                    by_way_of = "" if target == listen else f" by way of {target}"
+                    raise ConfigError(f"{listen} leads to itself{by_way_of}: give another --target")
+                there = leads.get(there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +195,7 @@ def parse_file(text: str, name: str) -> RelayConfig:
         if key not in RELAY_SETTINGS and key not in BRIDGE_SETTINGS:
             raise ConfigError(f"{name}: {key!r} is not known: {_known(RELAY_SETTINGS | BRIDGE_SETTINGS)}")
     shared = _values(document, BRIDGE_SETTINGS, name)
+    unruled = {field: value for field, value in shared.items() if field != "allow"}
     bridges = []
     for number, table in enumerate(tables, 1):
         where = f"{name}, bridge {number}"
@@ -190,8 +206,17 @@ def parse_file(text: str, name: str) -> RelayConfig:
             "listen": _value(table, "listen", parse_listen, where),
             "target": _value(table, "target", parse_dial, where),
         }
-        bridges.append(BridgeConfig(**{**shared, **_values(table, BRIDGE_SETTINGS, where), **endpoints}))
+        common = shared if _is_ruled(endpoints["target"]) else unruled
+        try:
+            bridges.append(BridgeConfig(**common | _values(table, BRIDGE_SETTINGS, where) | endpoints))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
     return RelayConfig(bridges=tuple(bridges), **_values(document, RELAY_SETTINGS, name))
+
+
+def _is_ruled(target: Endpoint) -> bool:
+    """Tell whether rules are about such a target."""
+    return isinstance(target, Tcp | Vsock)
 
 
 def _known(settings: Mapping[str, Setting]) -> str:
@@ -206,11 +231,13 @@ def _values(table: Mapping[str, object], settings: Mapping[str, Setting], where:
         found = table[key]
         if setting.parse is None:
             if not isinstance(found, bool):
-                raise ConfigError(f"{where}: {key} = {found!r} is neither true nor false")
+                raise ConfigError(f"{where}: {key} = {_toml(found)} is neither true nor false")
             values[setting.field] = found
         elif setting.is_list:
             if not isinstance(found, list):
-                raise ConfigError(f"{where}: {key} = {found!r} is no list: write it in [ ]")
+                raise ConfigError(f"{where}: {key} = {_toml(found)} is no list: write it in [ ]")
+            if not found:
+                raise ConfigError(f"{where}: {key} = [] does not say what to {key}: list that, or leave it out")
             parse = setting.parse
             values[setting.field] = tuple(_value({key: item}, key, parse, where) for item in found)
         else:
@@ -223,8 +250,14 @@ def _value(table: Mapping[str, object], key: str, parse: Callable[[str], object]
         raise ConfigError(f"{where}: {key} is missing")
     found = table[key]
     if isinstance(found, bool) or not isinstance(found, str | int | float):
-        raise ConfigError(f"{where}: {key} = {found!r} is no text")
+        value = _toml(found)
+        raise ConfigError(f"{where}: {key} = {value} is neither text nor a number: write it as the option, in quotes")
     try:
         return parse(str(found))
     except UsageError as error:
         raise ConfigError(f"{where}: {key}: {error}") from error
+
+
+def _toml(value: object) -> str:
+    """Return a value as it may stand in a file."""
+    return json.dumps(value, ensure_ascii=False, default=str)
