@@ -19,6 +19,8 @@ from relay.bridge import Bridge
 from relay.config import RelayConfig
 from relay.descriptors import fit, pipes_for, raise_limit
 from relay.dial import Target, is_name
+from relay.loopback import warn_if_unreachable
+from relay.resets import Resets, watching_resets
 from relay.resolver import Resolver, open_resolver
 
 _logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ async def listening_on(config: RelayConfig, stopping: Stopping) -> AsyncIterator
                     listening(bridge.listen, inherited=inherited, vsock_buffer_bytes=bridge.vsock_buffer_bytes)
                 )
                 found.append([stack.enter_context(_without_trio(listener)) for listener in listeners])
+                warn_if_unreachable(bridge.listen, found[-1])
             nursery.cancel_scope.cancel()
         yield [] if stopping.is_set else found
 
@@ -112,21 +115,23 @@ class Relay:
             listeners: for each bridge, its sockets. At the wish to stop nobody is left in their backlog.
         """
         self._mover.pump.spin(self._config.spin_s)
-        with self._mover:
+        with self._mover, watching_resets() as resets:
             async with trio.open_nursery() as looking_up:
                 for target in self._targets:
                     looking_up.start_soon(target.look_up)
                 try:
-                    await self._carry(listeners, stopping)
+                    await self._carry(listeners, resets, stopping)
                 finally:
                     for bridge in self._bridges:
                         bridge.close()
                         bridge.abort()
                 looking_up.cancel_scope.cancel()
 
-    async def _carry(self, listeners: Sequence[Sequence[socket.socket]], stopping: Stopping) -> None:
+    async def _carry(
+        self, listeners: Sequence[Sequence[socket.socket]], resets: Resets, stopping: Stopping
+    ) -> None:
         for bridge, sockets in zip(self._bridges, listeners, strict=True):
-            bridge.open(sockets)
+            bridge.open(sockets, resets)
         await stopping.wait()
         for bridge in self._bridges:
             bridge.close()
