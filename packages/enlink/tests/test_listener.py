@@ -26,6 +26,7 @@ from trio.testing import MockClock, trio_test
 Arguments = ParamSpec("Arguments")
 
 OWN_NAME = Path("/proc/self/comm").read_text().strip()
+NOT_OURS = "write an address that a device of this machine has, or :6980 for all"
 PATIENCE_S = 50  # for what takes a moment on a machine with nothing else to do
 CAP_NET_BIND_SERVICE = 10  # linux/capability.h
 LOCALHOST, ELSEWHERE = "127.0.0.1", "127.0.0.2"
@@ -183,16 +184,18 @@ async def test_a_kernel_without_ipv6_is_listened_on_all_the_same(monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "text"),
+    ("endpoint", "reason"),
     [
-        (Tcp("192.0.2.77", 6980), "cannot listen on 192.0.2.77:6980: Cannot assign requested address"),
-        (Tcp("2001:db8::77", 6980), "cannot listen on [2001:db8::77]:6980: Cannot assign requested address"),
-        (Tcp("gateway.example", 6980), "cannot listen on gateway.example:6980: Name or service not known"),
+        (Tcp("192.0.2.77", 6980), f"Cannot assign requested address; {NOT_OURS}"),
+        (Tcp("2001:db8::77", 6980), f"Cannot assign requested address; {NOT_OURS}"),
+        (Tcp("gateway.example", 6980), "Name or service not known; write an address of this machine, or :6980 for all"),
+        (Tcp("fe80::1%nodev", 6980), "there is no network device nodev here; write one that `ip link` shows"),
+        (Tcp("fe80::1", 6980), "Invalid argument; write its network device too, as in fe80::1%eth0"),
     ],
 )
 @in_trio
 async def test_an_address_that_is_not_ours_is_told_at_once(
-    still_clock: MockClock, monkeypatch: pytest.MonkeyPatch, endpoint: Tcp, text: str
+    still_clock: MockClock, monkeypatch: pytest.MonkeyPatch, endpoint: Tcp, reason: str
 ) -> None:
     real = socket.getaddrinfo
 
@@ -204,7 +207,8 @@ async def test_an_address_that_is_not_ours_is_told_at_once(
     monkeypatch.setattr(socket, "getaddrinfo", without_names)
     with pytest.raises(Unavailable) as raised:
         await listen_tcp(endpoint)
-    assert (str(raised.value), raised.value.exit_code) == (text, 69)
+    where = str(endpoint).removeprefix("tcp://")
+    assert (str(raised.value), raised.value.exit_code) == (f"cannot listen on {where}: {reason}", 69)
     assert trio.current_time() == 0
 
 
@@ -216,7 +220,10 @@ async def test_who_has_the_port_is_named_after_some_patience(clock: MockClock, a
     with listener_at(address or LOCALHOST) as port, pytest.raises(Unavailable) as raised:
         await listen_tcp(Tcp(address, port))
     holder = f"{OWN_NAME} (pid {os.getpid()})"
-    assert str(raised.value) == f"cannot listen on {shown.format(port)}: {holder} has the port"
+    assert (
+        str(raised.value)
+        == f"cannot listen on {shown.format(port)}: {holder} has the port; stop it, or write another port"
+    )
     assert BIND_PATIENCE_S <= trio.current_time() <= BIND_PATIENCE_S + 1
     assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
@@ -239,7 +246,9 @@ def test_a_holder_that_proc_does_not_show_is_another_process(host: Host, clock: 
             sock.bind((LOCALHOST, 6980))
             with pytest.raises(Unavailable) as raised:
                 await listen_tcp(Tcp(LOCALHOST, 6980))
-        assert str(raised.value) == "cannot listen on 127.0.0.1:6980: another process has the port"
+        assert str(raised.value) == (
+            "cannot listen on 127.0.0.1:6980: another process has the port; stop it, or write another port"
+        )
 
     with host.entered():
         trio.run(main, clock=clock)
@@ -404,7 +413,7 @@ async def test_a_name_is_kept_from_others_until_the_block_ends(tmp_path: Path, c
     for endpoint in (Unix(f"{tmp_path}/app"), Unix(f"@{tmp_path}"), HybridVsock(f"{tmp_path}/v", 1)):
         async with listening(endpoint):
             began = trio.current_time()
-            with pytest.raises(Unavailable, match=r"cannot listen on unix:.*: another program listens there"):
+            with pytest.raises(Unavailable, match=r"cannot listen on unix:.*: another program listens there; stop it"):
                 async with listening(endpoint):
                     pass
             assert BIND_PATIENCE_S <= trio.current_time() - began <= BIND_PATIENCE_S + 1
@@ -500,7 +509,7 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.mark.parametrize(
     ("number", "kind", "text", "attempts"),
     [
-        (errno.EADDRINUSE, Unavailable, "another process has the port", 50),
+        (errno.EADDRINUSE, Unavailable, "another process has the port; stop it, or write another port", 50),
         (errno.EACCES, NotPermitted, "ports below 1024 need CAP_NET_BIND_SERVICE", 1),
         (errno.EADDRNOTAVAIL, Unavailable, "cid 16 is not this machine's, which is 3: write vsock://:888 to listen", 1),
     ],

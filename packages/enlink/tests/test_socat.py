@@ -97,6 +97,11 @@ def test_what_cannot_be_dialled_is_answered_with_what_can(text: str, hint: str) 
         ("TCP-LISTEN:443,bind=::1", "an IPv6 address needs brackets"),
         ("TCP-LISTEN:443,bind", "socat's option 'bind' is not known here"),
         ("TCP-LISTEN:443,max-children=9", "socat's option 'max-children=9' is not known here: leave it out"),
+        (
+            "TCP-LISTEN:443,range=10.0.0.0/8",
+            "'range=10.0.0.0/8' says who may connect, for which there are no rules here",
+        ),
+        ("TCP-LISTEN:443,Lowport,fork", "'Lowport' says who may connect"),
         ("TCP-LISTEN:443,,fork", "socat's option '' is not known here"),
         ("VSOCK-LISTEN:443,bind=3", "socat's option 'bind=3' is not known here"),
         ("UNIX-LISTEN:/p,mode=666", "socat's option 'mode=666' is not known here"),

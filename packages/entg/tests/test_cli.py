@@ -156,7 +156,10 @@ def test_a_port_in_use_exits_69_after_five_seconds_and_names_the_holder(host: Ho
         began_s = time.monotonic()
         assert second.wait() == 69
         assert 4.5 <= time.monotonic() - began_s < FAR_BEYOND_S
-        assert second.log() == (f"entg: cannot listen on 0.0.0.0:6979: entg (pid {gateway.process.pid}) has the port\n")
+        assert second.log() == (
+            f"entg: cannot listen on 0.0.0.0:6979: entg (pid {gateway.process.pid}) has the port;"
+            " stop it, or write another port\n"
+        )
     assert gateway.process.poll() is None
 
 

@@ -26,6 +26,8 @@ BIND_PATIENCE_S: Final = 5.0  # a predecessor may still be going
 BACKLOG: Final = 1024
 _BIND_PAUSE_S: Final = 0.1
 
+_TAKEN: Final = "stop it, or write another port"
+
 
 @asynccontextmanager
 async def listening(
@@ -139,7 +141,7 @@ async def _listen_vsock(endpoint: Vsock, buffer_bytes: int | None) -> trio.Socke
         )
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise Unavailable(f"cannot listen on {endpoint}: another process has the port") from error
+            raise Unavailable(f"cannot listen on {endpoint}: another process has the port; {_TAKEN}") from error
         if error.errno == errno.EACCES:
             raise NotPermitted(f"cannot listen on {endpoint}: ports below 1024 need CAP_NET_BIND_SERVICE") from error
         reason = vsock.why_not_bound(error, endpoint.cid, endpoint.port)
@@ -162,7 +164,9 @@ async def _listen_unix(endpoint: Unix, mode: int, stack: ExitStack) -> trio.Sock
         return await _patiently(bind, deadline)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise Unavailable(f"cannot listen on {endpoint}: another program listens there") from error
+            raise Unavailable(
+                f"cannot listen on {endpoint}: another program listens there; stop it, or write another path"
+            ) from error
         raise Unavailable(f"cannot listen on {endpoint}: {os.strerror(error.errno or 0)}") from error
 
 
@@ -206,13 +210,28 @@ def _close(listeners: Sequence[trio.SocketListener]) -> None:
 def _raise_bind_failure(host: str, port: int, error: OSError) -> NoReturn:
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if error.errno == errno.EADDRINUSE:
-        holder = _holder_of(port)
-        raise Unavailable(f"cannot listen on {where}: {holder or 'another process'} has the port") from error
+        holder = _holder_of(port) or "another process"
+        raise Unavailable(f"cannot listen on {where}: {holder} has the port; {_TAKEN}") from error
     if error.errno == errno.EACCES:
         raise NotPermitted(f"cannot listen on {where}: ports below 1024 need CAP_NET_BIND_SERVICE") from error
-    is_loopback = host in ("localhost", "::1") or host.startswith("127.")
-    hint = f"; {LOOPBACK_IS_DOWN}" if error.errno == errno.EADDRNOTAVAIL and is_loopback else ""
-    raise Unavailable(f"cannot listen on {where}: {error.strerror}{hint}") from error
+    raise Unavailable(f"cannot listen on {where}: {_why_not_bound(host, port, error)}") from error
+
+
+def _why_not_bound(host: str, port: int, error: OSError) -> str:
+    """Say what a failure to bind means, and what to do."""
+    _, is_scoped, device = host.partition("%")
+    if isinstance(error, socket.gaierror) and is_scoped:
+        return f"there is no network device {device} here; write one that `ip link` shows"
+    advice = ""
+    if isinstance(error, socket.gaierror):
+        advice = f"; write an address of this machine, or :{port} for all"
+    elif error.errno == errno.EINVAL and host.lower().startswith("fe80:"):
+        advice = f"; write its network device too, as in {host}%eth0"
+    elif error.errno == errno.EADDRNOTAVAIL and (host in ("localhost", "::1") or host.startswith("127.")):
+        advice = f"; {LOOPBACK_IS_DOWN}"
+    elif error.errno == errno.EADDRNOTAVAIL:
+        advice = f"; write an address that a device of this machine has, or :{port} for all"
+    return f"{error.strerror}{advice}"
 
 
 def _holder_of(port: int) -> str | None:

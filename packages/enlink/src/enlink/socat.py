@@ -43,6 +43,7 @@ _DONE_ANYHOW: Final = {
     *("fork", "reuseaddr", "so-reuseaddr", "nodelay", "tcp-nodelay", "keepalive", "so-keepalive"),
     *("unlink", "unlink-early", "unlink-close"),
 }
+_ABOUT_CLIENTS: Final = {"range", "tcpwrap", "tcpwrappers", "sourceport", "sp", "lowport"}
 _FAMILIES: Final = {"ip4": 4, "ipv4": 4, "inet": 4, "ip6": 6, "ipv6": 6, "inet6": 6}
 _KEYWORD: Final = re.compile(r"(?P<keyword>[A-Za-z0-9-]+):(?P<rest>.*)", re.DOTALL)
 _DIGITS: Final = re.compile(r"[0-9]+")
@@ -96,6 +97,11 @@ def _with_options(text: str, keyword: str, address: str, options: list[str]) -> 
             family = _FAMILIES[value.lower()]
         elif name in ("ipv6only", "ipv6-v6only") and scheme == "tcp6://" and value in ("", "1"):
             is_ipv6_only = True
+        elif name in _ABOUT_CLIENTS:
+            raise UsageError(
+                f"{text!r}: socat's option {option!r} says who may connect, for which there are no rules here:"
+                " leave that to a firewall, or listen with bind= where nobody else comes"
+            )
         else:
             raise UsageError(f"{text!r}: socat's option {option!r} is not known here: leave it out")
     if family is not None:
