@@ -104,6 +104,8 @@ async def test_an_address_that_is_silent_is_given_up_at_the_deadline() -> None:
 @in_trio
 async def test_an_address_may_name_the_device_that_leads_to_it() -> None:
     assert (await failure(Tcp("fe80::1%lo", 80))).startswith("cannot connect to fe80::1%lo port 80: ")
+    missing = "cannot connect to fe80::1%nodev port 80: there is no network device nodev here"
+    assert await failure(Tcp("fe80::1%nodev", 80)) == missing
 
 
 def test_the_loopback_of_an_enclave_is_told_from_a_network_that_is_not_there() -> None:

@@ -51,12 +51,10 @@ class Attempt:
     Args:
         done: called once, perhaps before `start` returns: with a connected, non-blocking socket, which is then the
             caller's; with Unreachable, which says who was not reached, and why; with NotPermitted where the mark
-            needs CAP_NET_ADMIN; or with NotPermitted or Unavailable where this process, or this kernel, has no vsock.
+            needs CAP_NET_ADMIN; with NotPermitted or Unavailable where this process, or this kernel, has no vsock; or
+            with UsageError, if the endpoint can only be listened on, or is a name, which must be looked up before.
         mark: SO_MARK for a TCP connection, so that the host's rules can tell it from captured traffic.
         vsock_buffer_bytes: see `enlink.vsock.open_socket`.
-
-    Raises:
-        UsageError: the endpoint is one that can only be listened on, or a name, which must be looked up before.
     """
 
     __slots__ = (
@@ -73,7 +71,8 @@ class Attempt:
         mark: int | None = None,
         vsock_buffer_bytes: int | None = None,
     ) -> None:
-        self._family, self._address = _address_of(endpoint)
+        self._family = 0
+        self._address: Any = None
         self._endpoint = endpoint
         self._deadline_s = deadline_s
         self._done = done
@@ -88,6 +87,7 @@ class Attempt:
         """Begin. What cannot be begun fails at once, through *done*."""
         try:
             self._pump = current_pump()
+            self._family, self._address = _address_of(self._endpoint)
             sock = self._opened()
         except EngError as error:
             self._end(error)
@@ -267,6 +267,11 @@ def _numeric(host: str, port: int) -> tuple[int, Any]:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
         )
     except socket.gaierror as error:
+        _, is_scoped, device = host.partition("%")
+        if is_scoped:  # it may come, or come back
+            raise Unreachable(
+                f"cannot connect to {host} port {port}: there is no network device {device} here", errno.ENODEV
+            ) from error
         raise UsageError(f"{host} is no address: look the name up before") from error
     return family, address
 
