@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -145,6 +145,115 @@ def test_a_client_that_has_gone_before_its_target_was_reached_leaves_nothing(
             with first, pytest.raises(ConnectionResetError):
                 first.recv(1)
             await exchange(listener, server)
+
+    in_trio(test)()
+
+
+RESET = b"\1\0\0\0\0\0\0\0"  # struct linger: close with a reset
+
+
+@asynccontextmanager
+async def silent(address: tuple[str, int]) -> AsyncIterator[Tcp]:
+    """A target whose backlog is full, so that dialling it goes on and on; when the block ends, it refuses."""
+    with socket.create_server(address, backlog=0) as dead, socket.create_connection(dead.getsockname()):
+        yield Tcp(*dead.getsockname())
+
+
+@pytest.mark.parametrize("said", [b"", b"hello"])
+def test_a_client_that_resets_while_its_target_is_dialled_gives_its_place_back(listener: Faulty, said: bytes) -> None:
+    """Whatever it has said before; and one that has only finished talking keeps its place."""
+
+    async def test() -> None:
+        async with (
+            silent(("127.0.0.1", 0)) as dead,
+            relaying(listener, listener, target=dead, max_connections=1, connect_timeout_s=1000.0) as relay,
+        ):
+            with socket.create_connection(listener.getsockname()) as client:
+                client.sendall(said)
+                await until(lambda: bridge_of(relay)["active"] == 1)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            await until(lambda: bridge_of(relay)["active"] == 0)
+            assert bridge_of(relay)["ended"] == {"reset": 1}
+            with socket.create_connection(listener.getsockname()) as client:
+                client.sendall(said)
+                client.shutdown(socket.SHUT_WR)
+                await until(lambda: bridge_of(relay)["active"] == 1)
+                assert not await comes_true_soon(lambda: bridge_of(relay)["active"] == 0)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            await until(lambda: bridge_of(relay)["ended"] == {"reset": 2})
+
+    in_trio(test)()
+
+
+async def comes_true_soon(condition: Callable[[], bool]) -> bool:
+    with trio.move_on_after(0.3):
+        await until(condition)
+        return True
+    return False
+
+
+def test_what_a_unix_client_has_said_before_it_closed_arrives_however_late_the_target(tmp_path: Path) -> None:
+    """Its end looks like a hang-up at once, where that of a TCP client looks like the end of what it says."""
+
+    async def test() -> None:
+        front, back = (socket.socket(socket.AF_UNIX) for _ in range(2))
+        with front, back:
+            front.bind(str(tmp_path / "front"))
+            front.listen()
+            front.setblocking(False)
+            back.bind(str(tmp_path / "back"))
+            back.listen(0)
+            with socket.socket(socket.AF_UNIX) as full:
+                full.connect(str(tmp_path / "back"))
+                bridge = BridgeConfig(listen=Unix(str(tmp_path / "front")), target=Unix(str(tmp_path / "back")))
+                stopping = Stopping()
+                async with (
+                    open_relay(RelayConfig(bridges=(bridge,), grace_s=0)) as relay,
+                    trio.open_nursery() as nursery,
+                ):
+                    nursery.start_soon(relay.run, [[front]], stopping)
+                    with socket.socket(socket.AF_UNIX) as client:
+                        client.connect(str(tmp_path / "front"))
+                        client.sendall(b"the last words")
+                    await until(lambda: bridge_of(relay)["active"] == 1)
+                    assert not await comes_true_soon(lambda: bridge_of(relay)["active"] == 0)
+                    back.accept()[0].close()  # makes room
+                    accepted, _ = await trio.to_thread.run_sync(back.accept)
+                    with accepted:
+                        assert accepted.recv(100) == b"the last words"
+                    stopping.set("the test is over")
+
+    in_trio(test)()
+
+
+def test_a_place_in_the_backlog_of_a_dead_target_is_left_when_the_relay_ends(listener: Faulty) -> None:
+    """Also to whom a reset is no news: the client gets one."""
+
+    async def test() -> None:
+        async with silent(("127.0.0.1", 0)) as dead:
+            with socket.create_connection(listener.getsockname()) as client:
+                async with relaying(listener, listener, target=dead, connect_timeout_s=1000.0) as relay:
+                    await until(lambda: bridge_of(relay)["active"] == 1)
+                with pytest.raises(ConnectionResetError):
+                    client.recv(1)
+
+    in_trio(test)()
+
+
+def is_told(relay: Relay, listen: str) -> bool:
+    return bool(bridge_of(relay)["listen"] == listen)
+
+
+def test_status_names_the_port_that_the_kernel_chose(listener: Faulty, server: socket.socket) -> None:
+    async def test() -> None:
+        port = listener.getsockname()[1]
+        for asked, told in ((Tcp(None, 0), f"tcp://:{port}"), (Unix("/front"), "unix:/front")):
+            bridge = BridgeConfig(listen=asked, target=Tcp(*server.getsockname()))
+            stopping = Stopping()
+            async with open_relay(RelayConfig(bridges=(bridge,))) as relay, trio.open_nursery() as nursery:
+                nursery.start_soon(relay.run, [[listener.dup()]], stopping)
+                await until(partial(is_told, relay, told))
+                stopping.set("the test is over")
 
     in_trio(test)()
 

@@ -307,6 +307,21 @@ def test_a_file_describes_bridges_of_any_number(
         ]
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_port_that_the_kernel_chose_can_be_learnt(
+    host: Host, relaying: Relaying, server: socket.socket, workers: str
+) -> None:
+    """From the word that it is ready, and from its status."""
+    options = ("--listen", "127.0.0.1:0", "--target", "127.0.0.1:9000", "--workers", workers)
+    with relaying(*options) as relay:
+        (ready,) = relay.events("ready")
+        port = int(ready["listen"].removeprefix("tcp://127.0.0.1:"))
+        assert relay.status()["bridges"][0]["listen"] == ready["listen"]
+        with talk(host, port) as client, accept(server) as accepted:
+            client.sendall(b"x")
+            assert accepted.recv(1) == b"x"
+
+
 def test_workers_share_a_unix_socket_too(relaying: Relaying, server: socket.socket, runtime_directory: Path) -> None:
     path = f"{runtime_directory}/front"
     with relaying("--listen", f"unix:{path}", "--target", "127.0.0.1:9000", "--workers", "2") as relay:

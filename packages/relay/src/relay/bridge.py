@@ -10,6 +10,7 @@ import errno
 import logging
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from ipaddress import ip_address
 from typing import Any, Final
@@ -19,7 +20,7 @@ from enlink.attempt import Found
 from enlink.congestion import pace_if_long, unpace
 from enlink.connection import name_of
 from enlink.direction import abort
-from enlink.endpoint import CID_ANY, Tcp, Unix, Vsock
+from enlink.endpoint import CID_ANY, Endpoint, Tcp, Unix, Vsock
 from enlink.errors import EngError
 from enlink.program import RateLimitedLog, log_event
 from enlink.pump import current_pump
@@ -30,6 +31,7 @@ from enlink.timers import Timer, current_timers
 from relay.config import BridgeConfig
 from relay.dial import Dial, NotAllowed, Target
 from relay.proxy_protocol import TcpConnection, UnixConnection, VsockConnection, encode_header
+from relay.resets import Resets
 
 # Choices of ours.
 _ACCEPT_PAUSE_S: Final = 0.1
@@ -54,10 +56,14 @@ class Bridge:
         limits: when they end.
         leads_to_tcp: the target is a TCP endpoint.
         announces: the target is told who connects, by the PROXY protocol.
+        resets: tells of clients that break off while the target is dialled.
     """
+
+    resets: Resets
 
     def __init__(self, config: BridgeConfig, target: Target, mover: Mover, limited: RateLimitedLog) -> None:
         self._config = config
+        self._listen = config.listen
         self.target = target
         self.mover = mover
         self.limits = Limits(config.idle_timeout_s, config.max_lifetime_s, config.half_close_timeout_s)
@@ -78,22 +84,24 @@ class Bridge:
     def snapshot(self) -> dict[str, object]:
         """Return what it is, how many connections it has, and its counters, for ``status``."""
         return {
-            "listen": str(self._config.listen),
+            "listen": str(self._listen),
             "target": str(self._config.target),
             "active": len(self._passages),
             "max_concurrent_connections": self._config.max_connections,
             **self._counters.snapshot(),
         }
 
-    def open(self, listeners: Sequence[socket.socket]) -> None:
+    def open(self, listeners: Sequence[socket.socket], resets: Resets) -> None:
         """Begin to accept; takes over the sockets, which listen and are non-blocking."""
+        self._listen = where_bound(self._config.listen, listeners)
         self._listeners = listeners
+        self.resets = resets
         for listener in listeners:
             if listener.family in _INTERNET:
                 # Whatever it accepts has these too.
                 _set_options(listener)
                 unpace(listener)  # also one that systemd has made
-        self._listen()
+        self._accept_again()
 
     def close(self) -> None:
         """Accept no more. Nobody is left in the backlog."""
@@ -113,7 +121,7 @@ class Bridge:
         for passage in list(self._passages):
             passage.abort()
 
-    def _listen(self) -> None:
+    def _accept_again(self) -> None:
         self._pause = None
         for listener in self._listeners:
             self._pump.on_readable(listener.fileno(), partial(self._accept, listener))
@@ -138,9 +146,9 @@ class Bridge:
             # Of descriptors or memory there will be some again; a connection that is gone already is no matter.
             reason = errno.errorcode.get(error.errno or 0, "unknown")
             self._connections["accept_paused"] += 1
-            self._limited.log("accept_paused", reason, listen=self._config.listen, error=error.strerror)
+            self._limited.log("accept_paused", reason, listen=self._listen, error=error.strerror)
             self._stop_listening()
-            self._pause = current_timers().after(_ACCEPT_PAUSE_S, self._listen)
+            self._pause = current_timers().after(_ACCEPT_PAUSE_S, self._accept_again)
             return
         self._connections["accepted"] += 1
         passage = Passage(self, client, peer)
@@ -170,12 +178,17 @@ class Bridge:
             self._limited.log("target_unreachable", str(self._config.target), error=error)
         self.forget(passage)
 
+    def broken_off(self, passage: Passage) -> None:
+        """Take note that its client has gone before the target was reached."""
+        self._ended["reset"] += 1
+        self.forget(passage)
+
     def forget(self, passage: Passage) -> None:
         """Give its place to another one."""
         was_full = self._is_full
         self._passages.discard(passage)
         if was_full and self._pause is None:
-            self._listen()
+            self._accept_again()
         if self._is_idle is not None and not self._passages:
             self._token.run_sync_soon(self._is_idle.set)
 
@@ -197,14 +210,25 @@ class Passage:
         if self._client.family in _INTERNET:
             pace_if_long(self._client)
         self._stage.start()
+        if isinstance(self._stage, Dial) and self._client.fileno() >= 0:  # over loopback it is over by now
+            self._bridge.resets.watch(self._client.fileno(), self._broken_off)
 
     def abort(self) -> None:
         """Close both sides at once, with a reset."""
-        self._stage.abort()
-        abort(self._client)
+        self._leave()
         self._bridge.forget(self)
 
+    def _broken_off(self) -> None:
+        self._leave()
+        self._bridge.broken_off(self)
+
+    def _leave(self) -> None:
+        self._stage.abort()
+        self._bridge.resets.forget(self._client.fileno())
+        abort(self._client)
+
     def _reached(self, found: Found) -> None:
+        self._bridge.resets.forget(self._client.fileno())
         if isinstance(found, EngError):
             self._fail(found)
             return
@@ -232,6 +256,13 @@ class Passage:
 
     def _ended(self, outcome: Outcome) -> None:
         self._bridge.carried(self, outcome)
+
+
+def where_bound(endpoint: Endpoint, listeners: Sequence[socket.socket]) -> Endpoint:
+    """Return the endpoint on which the sockets listen: *endpoint*, with the port that the kernel chose for port 0."""
+    if isinstance(endpoint, Tcp) and endpoint.port == 0:
+        return replace(endpoint, port=listeners[0].getsockname()[1])
+    return endpoint
 
 
 def _as_announced(client: socket.socket, peer: Any) -> TcpConnection | VsockConnection | UnixConnection:

@@ -19,6 +19,7 @@ from enlink.status import fetch_status, render_status, serve_status
 from enlink.supervise import stop_signals
 
 from relay import __version__
+from relay.bridge import where_bound
 from relay.config import BRIDGE_SETTINGS, RELAY_SETTINGS, BridgeConfig, RelayConfig
 from relay.loopback import set_up_loopback
 from relay.options import given_options, read_file, to_config
@@ -184,16 +185,18 @@ async def _serve(config: RelayConfig, status_path: Path | None, file: str | None
         listeners = await stack.enter_async_context(listening_on(config, stopping))
         if not listeners:
             return
+        pairs = zip(config.bridges, listeners, strict=True)
+        where = " ".join(str(where_bound(bridge.listen, sockets)) for bridge, sockets in pairs)
         workers = Workers(config, file, listeners)
         lock = stack.enter_context(InstanceLock("relay", str(os.getpid()), status_path=status_path))
         async with trio.open_nursery() as nursery:
             snapshot = workers.snapshot if relay is None else relay.snapshot
             await nursery.start(serve_status, lock.status_path, snapshot)
             if relay is None:
-                nursery.start_soon(_announce_workers, config, workers)
+                nursery.start_soon(_announce_workers, workers, where)
                 await workers.run(stopping)
             else:
-                _announce(config)
+                announce_ready(_logger, listen=where)
                 await relay.run(listeners, stopping)
             nursery.cancel_scope.cancel()
 
@@ -203,13 +206,9 @@ async def _work(config: RelayConfig, share: Share) -> None:
         await share.work(relay)
 
 
-async def _announce_workers(config: RelayConfig, workers: Workers) -> None:
+async def _announce_workers(workers: Workers, where: str) -> None:
     await workers.wait_until_ready()
-    _announce(config)
-
-
-def _announce(config: RelayConfig) -> None:
-    announce_ready(_logger, listen=" ".join(str(bridge.listen) for bridge in config.bridges))
+    announce_ready(_logger, listen=where)
 
 
 async def _status(options: argparse.Namespace) -> None:

@@ -127,9 +127,7 @@ class Relay:
                         bridge.abort()
                 looking_up.cancel_scope.cancel()
 
-    async def _carry(
-        self, listeners: Sequence[Sequence[socket.socket]], resets: Resets, stopping: Stopping
-    ) -> None:
+    async def _carry(self, listeners: Sequence[Sequence[socket.socket]], resets: Resets, stopping: Stopping) -> None:
         for bridge, sockets in zip(self._bridges, listeners, strict=True):
             bridge.open(sockets, resets)
         await stopping.wait()
