@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
-from enlink.activation import take_inherited_sockets
+from enlink.activation import InheritedSockets, take_inherited_sockets
 from enlink.endpoint import Tcp
 from enlink.listener import listening
 from enlink.program import RateLimitedLog, log_event
@@ -52,6 +52,8 @@ async def listening_on(config: RelayConfig, stopping: Stopping) -> AsyncIterator
                 found.append([stack.enter_context(_without_trio(listener)) for listener in listeners])
                 warn_if_unreachable(bridge.listen, found[-1])
             nursery.cancel_scope.cancel()
+        if not stopping.is_set:
+            _close_unclaimed(inherited)
         yield [] if stopping.is_set else found
 
 
@@ -71,6 +73,15 @@ async def open_relay(config: RelayConfig) -> AsyncIterator[Relay]:
         return
     async with open_resolver() as resolver:
         yield Relay(config, resolver, max_pipes)
+
+
+def _close_unclaimed(inherited: InheritedSockets) -> None:
+    """Close what systemd passes and no bridge listens on, with a warning: it has them too, and clients wait there."""
+    for name, sockets in inherited.items():
+        advice = f"listen on systemd:{name}, or take it out of the .socket unit"
+        log_event(_logger, "socket_unclaimed", logging.WARNING, name=name, advice=advice)
+        for sock in sockets:
+            sock.close()
 
 
 def _without_trio(listener: trio.SocketListener) -> socket.socket:
