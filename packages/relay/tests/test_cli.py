@@ -206,6 +206,19 @@ def test_vsock_proxy_looks_listed_names_up_for_a_target_that_is_an_address(
     assert "list.yaml does not allow 127.0.0.2 port 9000" in line
 
 
+def test_vsock_proxy_takes_no_name_for_an_address_that_it_shares_with_a_listed_one(
+    refused: Refuse, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever answers for that name could lead it anywhere a moment later; the help says so."""
+    (tmp_path / "list.yaml").write_text("allowlist:\n- {address: localhost, port: 9000}\n")
+    code, line = refused(*f"vsock-proxy 8000 same.localhost 9000 --config {tmp_path}/list.yaml".split())
+    assert code == 78
+    assert "does not allow same.localhost port 9000: add - {address: 'same.localhost', port: 9000} to its" in line
+    monkeypatch.setattr(sys, "argv", ["relay", "vsock-proxy", "--help"])
+    assert cli.main() == 0
+    assert "to share one with a listed name is not enough" in " ".join(capfd.readouterr().out.split())
+
+
 # What each option does. What they do under load is in tests/test_relay_load.py.
 
 

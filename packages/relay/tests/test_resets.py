@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import trio
 from enlink.testing.programs import in_trio, until
-from relay.resets import Resets, watching_resets
+from relay.resets import watching_resets
 
 RESET = b"\1\0\0\0\0\0\0\0"  # struct linger: close with a reset
 Pair = tuple[socket.socket, socket.socket]
@@ -50,19 +50,19 @@ def test_a_reset_is_told_once_and_what_came_before_is_not(pairs: list[Pair]) -> 
 
 def test_whatever_is_forgotten_is_not_told_even_if_it_came_at_the_same_time(pairs: list[Pair]) -> None:
     async def test() -> None:
-        told: list[int] = []
+        told: list[bool] = []
         with watching_resets() as resets:
+
+            def forget_all() -> None:
+                told.append(True)
+                for _, accepted in pairs:
+                    resets.forget(accepted.fileno())
+
             for client, accepted in pairs:
-                resets.watch(accepted.fileno(), lambda: (told.append(1), forget_all(resets, pairs)))
+                resets.watch(accepted.fileno(), forget_all)
                 client.close()
             await until(lambda: bool(told))
             await trio.sleep(0.1)
-            assert told == [1]
-            forget_all(resets, pairs)
+            assert told == [True]
 
     in_trio(test)()
-
-
-def forget_all(resets: Resets, pairs: list[Pair]) -> None:
-    for _, accepted in pairs:
-        resets.forget(accepted.fileno())

@@ -34,6 +34,10 @@ Whatever one side says reaches the other, to the last byte, also after one of th
 
 `relay status` shows what a running relay does. `relay vsock-proxy` takes the arguments of AWS's vsock-proxy.
 """
+_VSOCK_PROXY = """\
+Do what AWS's vsock-proxy does with the same arguments and the same allow-list. A name must be listed itself, or its
+addresses: to share one with a listed name is not enough, since it may lead elsewhere later.
+"""
 _EXAMPLES = """\
 examples:
   on the parent instance: TCP clients reach vsock port 8888 of the enclave with cid 16
@@ -102,7 +106,7 @@ def _parser() -> ProgramParser:
     proxy = commands.add_parser(
         "vsock-proxy",
         help="take the arguments and the allow-list of AWS's vsock-proxy",
-        description="Do what AWS's vsock-proxy does with the same arguments and the same allow-list.",
+        description=_VSOCK_PROXY,
         argument_default=argparse.SUPPRESS,
     )
     add_arguments(proxy)

@@ -2,8 +2,10 @@
 
 What is accepted, and the defaults, are those of vsock-proxy in aws-nitro-enclaves-cli. Its list holds exact addresses,
 as names or as IP addresses, which match a target that is spelled so or has that address: a target that is an address
-may be that of a listed name, which is looked up once, at the start. Where vsock-proxy would go on with an entry that it
-cannot use, or cut a port to 16 bits, this is an error here.
+may be that of a listed name, which is looked up once, at the start. A target that is a name must be listed itself, or
+its addresses must: vsock-proxy takes it as well if at the start it shares an address with a listed name, and goes on
+wherever it leads later. Where vsock-proxy would go on with an entry that it cannot use, or cut a port to 16 bits, this
+is an error here.
 """
 
 from __future__ import annotations
