@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 from enlink.endpoint import parse_dial, parse_listen
 from enlink.errors import UsageError
 from relay.allowlist import parse_rule
@@ -16,6 +17,8 @@ from relay.cli import _parser
 from relay.config import BRIDGE_SETTINGS, RELAY_SETTINGS, parse_file
 from relay.options import to_config
 from relay.proxy_protocol import VsockConnection, encode_header
+from relay.service import Relay
+from relay.workers import Workers
 
 PAGE = (Path(__file__).parent.parent / "docs" / "relay.md").read_text()
 SECTIONS = {part.partition("\n")[0]: part for part in re.split("^## ", PAGE, flags=re.MULTILINE)[1:]}
@@ -96,6 +99,15 @@ def test_every_option_has_a_row_and_every_row_an_option() -> None:
     documented = {option for row in rows("Options, and what each costs", "option") for option in spelt(row[0])}
     classic = {"listen", "target", "tcp-address", "vsock-address", "tcp-to-vsock", "mock-vsock", "config"}
     assert documented == {f"--{name}" for name in {*classic, *BRIDGE_SETTINGS, *RELAY_SETTINGS}}
+
+
+def test_every_part_of_the_status_has_a_row() -> None:
+    async def main() -> set[str]:
+        config = parse_file('[[bridge]]\nlisten = "7000"\ntarget = "127.0.0.1:80"', "relay.toml")
+        return {*Relay(config, None, 0).snapshot(), *Workers(config, None, []).snapshot()}
+
+    documented = {part for row in rows("Status", "key") for part in spelt(row[0])}
+    assert trio.run(main) == {"bridges", *documented}
 
 
 def test_the_header_has_the_bytes_of_the_example() -> None:
