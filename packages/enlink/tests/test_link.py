@@ -1348,6 +1348,31 @@ async def test_a_first_word_that_is_spread_over_time_is_not_waited_for(clock: Mo
     assert 100 + GREETING_DEADLINE_S < trio.current_time() <= 100 + GREETING_DEADLINE_S + 2 * WATCH_S
 
 
+@in_trio
+async def test_an_original_peer_whose_packets_are_taken_at_once_has_spoken(
+    make_pair: MakePair, clock: MockClock
+) -> None:
+    here, there = await make_pair()
+    link, count = Side(here).link, 0
+    link.skip_greeting()
+
+    def take(packets: Packets) -> bool:
+        nonlocal count
+        count += packets.count
+        return True
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.keep_alive)
+        nursery.start_soon(link.receive, take)
+        for number in range(1, 4):
+            await there.send_all(FRAME)
+            await trio.sleep(GREETING_DEADLINE_S)
+            assert count == number
+        nursery.cancel_scope.cancel()
+    await link.aclose()
+    await there.aclose()
+
+
 @pytest.mark.proves("D20")
 @in_trio
 async def test_who_has_said_its_first_word_in_time_may_go_on_slowly(clock: MockClock) -> None:

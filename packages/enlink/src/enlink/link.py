@@ -332,6 +332,7 @@ class Link:
         if len(events) == 1 and self.speech != "silent" and not self._events:
             event = events[0]
             if isinstance(event, Packets) and self._take(event):
+                self._began_to_speak = math.inf
                 return True
         self._events.extend(events)
         return not events
