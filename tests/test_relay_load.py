@@ -75,6 +75,13 @@ async def echo(stream: Stream) -> None:
             pass
 
 
+async def keep_asking(stream: Stream, seconds: float) -> None:
+    """Ask again and again for so long: whenever the connection ends meanwhile, it is noticed."""
+    until_s = trio.current_time() + seconds
+    while trio.current_time() < until_s:
+        await ask(stream, b"still there?")
+
+
 async def ask(stream: Stream, question: bytes) -> None:
     """Ask an echo server, through the relay."""
     await stream.send_all(question)
@@ -326,9 +333,7 @@ def test_an_orderly_stop_takes_nobody_new_and_lets_those_that_are_there_finish(
                 assert time.monotonic() - began_s < 8 * 0.1
                 for pid in others if told == "all twice" else []:
                     os.kill(pid, signal.SIGTERM)
-                for number in range(50):  # half a second, in which a second wish would long have come
-                    await ask(stream, b"%d" % number)
-                    await trio.sleep(0.01)
+                await keep_asking(stream, 0.5)  # in which a second wish would long have come
                 await ask(stream, bytes(MIB))
                 assert relay.process.poll() is None
             servers.cancel_scope.cancel()
@@ -417,7 +422,7 @@ def test_a_first_process_that_dies_ends_its_workers_in_good_order(host: Host) ->
                 await ask(stream, b"before")
                 relay.kill()
                 await until_refused()
-                await trio.sleep(1)  # the time for two reports
+                await keep_asking(stream, 1)  # in which a worker reports twice
                 await ask(stream, bytes(MIB))
             servers.cancel_scope.cancel()
 

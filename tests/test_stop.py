@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from enlink.testing.hosts import Host, Network
@@ -36,7 +38,8 @@ def test_a_program_ends_with_0_however_often_it_is_told_to_stop(host: Host, name
             deadline_s = time.monotonic() + FAR_BEYOND_S
             while program.process.poll() is None and time.monotonic() < deadline_s:
                 program.signal(number)
-                time.sleep(0.0005)
+                with suppress(subprocess.TimeoutExpired):
+                    program.process.wait(0.0005)
             endings.append(program.process.returncode)
             assert program.events("stopping")
     assert endings == [0] * TRIES
