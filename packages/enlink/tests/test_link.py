@@ -1323,7 +1323,7 @@ async def test_half_a_frame_and_silence_ends_any_link(before: bytes, part: int, 
     await peer.send_all(before + FRAME[:part])
     with pytest.RaisesGroup(PeerFault) as raised:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(end_of, side.link)
+            nursery.start_soon(end_of_forever, side.link)
             nursery.start_soon(side.link.keep_alive)
     (ended,) = raised.value.exceptions
     assert isinstance(ended, PeerFault)

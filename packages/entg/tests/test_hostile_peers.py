@@ -6,7 +6,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from ipaddress import IPv4Interface
 from typing import Literal
 
@@ -125,15 +125,17 @@ async def test_five_hundred_links_that_announce_the_longest_frame_cost_little_me
     async with await admitted(host, "enta") as agent, await admitted(host, "entg") as peer:
         await until_connected(gateway)
         resident_bytes = gateway.resident_bytes
-        hoard = [await connect(host, PORTS["enta" if number % 2 else "entg"]) for number in range(500)]
-        for stranger in hoard:
-            with suppress(trio.BrokenResourceError):  # those that had to make room
-                await stranger.stream.send_all(b"\0\0\xff\xff\x45")
-        await agent.send(REQUEST)
-        assert await peer.hear_packets(1) == [REQUEST]
-        assert gateway.resident_bytes - resident_bytes < 500 * 10 * 1024
-        for stranger in hoard:
-            await trio.aclose_forcefully(stranger.stream)
+        async with AsyncExitStack() as hoard:
+            for number in range(500):
+                stranger = await connect(host, PORTS["enta" if number % 2 else "entg"])
+                hoard.push_async_callback(trio.aclose_forcefully, stranger.stream)
+                with suppress(trio.BrokenResourceError):  # those that had to make room
+                    await stranger.stream.send_all(b"\0\0\xff\xff\x45")
+            await agent.send(REQUEST)
+            assert await peer.hear_packets(1) == [REQUEST]
+            # All are in, and as many as there is room for have stayed.
+            await until(lambda: sum(leg["connections"] for leg in gateway.status()["legs"].values()) == 400)
+            assert gateway.resident_bytes - resident_bytes < 500 * 10 * 1024
         await until_quiet(gateway)
 
 

@@ -486,6 +486,18 @@ async def test_a_flood_of_new_connections_does_not_end_the_silent_one_that_holds
 
 
 @jumping
+async def test_whoever_had_to_make_room_before_it_stood_in_line_stands_there_no_more() -> None:
+    async with rig() as legs:
+        for _ in range(2 * CONNECTION_LIMIT):
+            legs.connect("enta")
+            await trio.lowlevel.checkpoint()
+            assert legs.enta.snapshot()["connections"] in range(CONNECTION_LIMIT + 1)
+        await wait_all_tasks_blocked()
+        assert legs.count("enta_ended", "too_many") == CONNECTION_LIMIT
+        assert legs.enta.snapshot()["connections"] == CONNECTION_LIMIT
+
+
+@jumping
 async def test_when_nobody_can_make_room_a_newcomer_is_refused() -> None:
     async with rig() as legs:
         gateway = legs.connect("entg", is_lockstep=True)

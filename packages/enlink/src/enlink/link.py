@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Literal, NoReturn, TypeGuard
@@ -25,7 +24,7 @@ KEEPALIVE_INTERVAL_S: Final = 5.0
 SILENCE_LIMIT_S: Final = 2 * KEEPALIVE_INTERVAL_S
 _WATCH_INTERVAL_S: Final = 1.0
 _FAREWELL_S: Final = 1.0
-_SCRATCH_BYTES: Final = 64 * 1024
+_SCRATCH: Final = memoryview(bytearray(64 * 1024))  # one for all: nobody looks at what is thrown away
 QUEUE_LIMIT_BYTES: Final = 256 * 1024  # that wait to be read: half a millisecond at 4 Gbit/s
 QUEUE_INTERVAL_S: Final = 0.0005
 _BULK_BYTES: Final = 32 * 1024
@@ -56,7 +55,7 @@ class Link:
 
     One task receives and any number send. Every method may raise `LinkEnded`; after that, and after a send was
     cancelled half-way, nothing but `aclose` is of use. Make one with a connected stream, then `greet` or
-    `hear_first_word`, and keep `keep_alive` running beside.
+    `hear_first_word`, and from then on keep `keep_alive` running beside.
 
     Args:
         hello: what this side says of itself.
@@ -78,7 +77,7 @@ class Link:
         self._port: Port = port_of(stream)
         self._decoder = FrameDecoder(clock=trio.current_time)
         self._queue = StandingQueue(QUEUE_LIMIT_BYTES, QUEUE_INTERVAL_S, trio.current_time)
-        self._events: deque[Event] = deque()
+        self._events: list[Event] = []  # a few; a deque has room for many, which strangers by the hundred would take
         self._sending = trio.Lock()
         self._is_closed = False
         self._is_mid_frame = False
@@ -113,11 +112,12 @@ class Link:
     async def hear_first_word(self) -> Hello | Packets:
         """As the listener: wait until the peer has said what it is, and answer its HELLO.
 
-        Packets that are returned here are received once more. Cancellation loses nothing; call it again.
+        It may be silent for ever, but has `GREETING_DEADLINE_S` for its first word from its first byte on. Packets
+        that are returned here are received once more. Cancellation loses nothing; call it again.
         """
         event = await self._next_event()
         if isinstance(event, Packets):
-            self._events.appendleft(event)
+            self._events.insert(0, event)
             self.speech = "raw"
         return event
 
@@ -185,8 +185,7 @@ class Link:
         slow, is not dead.
 
         Raises:
-            LinkEnded: nothing came for `SILENCE_LIMIT_S` (ENG peer), or half a frame and no more, or not a word within
-                `GREETING_DEADLINE_S` of the first byte (any peer).
+            LinkEnded: nothing came for `SILENCE_LIMIT_S` (ENG peer), or half a frame and no more (any peer).
         """
         last_sent = last_received = trio.current_time()
         while True:
@@ -204,10 +203,9 @@ class Link:
                 silent_for = now - max(self._waiting_since, last_received)
                 if silent_for >= SILENCE_LIMIT_S and self.speech == "eng":
                     raise LinkEnded("keepalive", f"the peer has said nothing for {silent_for:.0f} s")
-                if silent_for >= SILENCE_LIMIT_S and not self.is_between_frames:
+                has_spoken = self._began_to_speak == math.inf
+                if silent_for >= SILENCE_LIMIT_S and has_spoken and not self.is_between_frames:
                     raise PeerFault("frame_deadline", f"half a frame and nothing more for {silent_for:.0f} s")
-            if self._began_to_speak is not None and now - self._began_to_speak >= GREETING_DEADLINE_S:
-                raise PeerFault("frame_deadline", f"not a word within {GREETING_DEADLINE_S:.0f} s of the first byte")
             is_due = now - last_sent >= KEEPALIVE_INTERVAL_S
             # Whoever is sending at the moment says the same with more weight.
             if self.speech == "eng" and is_due and not self._sending.locked():
@@ -242,8 +240,8 @@ class Link:
             return
         if self._port.failure is None:
             # Closing with unread bytes would reset the connection, and the peer might never see our last words.
-            scratch = memoryview(bytearray(_SCRATCH_BYTES))  # another task may still use what was received before
-            while await self._port.read(lambda: scratch, lambda _: False):
+            # Not into the decoder's buffer: another task may still use what was received before.
+            while await self._port.read(lambda: _SCRATCH, lambda _: False):
                 await self._port.take_turn()
 
     async def _next_event(self) -> Packets | Hello:
@@ -262,11 +260,21 @@ class Link:
                     case _:
                         await self._hear(event)
                 # Not before: who is cancelled while answering HELLO has still to answer it.
-                self._events.popleft()
+                del self._events[0]
                 if isinstance(event, Packets | Hello):
                     self._began_to_speak = math.inf
                     return event
+            began = self._began_to_speak
+            if began is None or began == math.inf:
+                await self._read()
+            else:
+                await self._read_in_time(began + GREETING_DEADLINE_S)
+
+    async def _read_in_time(self, deadline_s: float) -> None:
+        with trio.CancelScope(deadline=deadline_s):  # hundreds may wait here, and `move_on_at` is larger
             await self._read()
+            return
+        raise PeerFault("frame_deadline", f"not a word within {GREETING_DEADLINE_S:.0f} s of the first byte")
 
     async def _hear(self, message: ControlMessage) -> None:
         if isinstance(message, Close):
@@ -322,6 +330,7 @@ class Link:
     def _digest(self, count: int) -> bool:
         """Take in what was received. Returns whether it is dealt with: nothing is left for a task to look at."""
         self._has_received = True
+        deadline_before = self._began_to_speak
         if self._began_to_speak is None:
             self._began_to_speak = trio.current_time()
         events = self._decoder.decode(count)
@@ -333,9 +342,10 @@ class Link:
             event = events[0]
             if isinstance(event, Packets) and self._take(event):
                 self._began_to_speak = math.inf
-                return True
+                events = []
         self._events.extend(events)
-        return not events
+        # The first byte sets a deadline and the first word lifts it, both for the task that waits.
+        return not events and self._began_to_speak == deadline_before
 
     async def _send(self, encoded: Buffer, stall_limit_s: float = math.inf) -> None:
         # trio's lock visits the scheduler even when it is free, which costs four times what the sending does.

@@ -11,7 +11,7 @@ and tasks share state without locks. What moves is the callers' business: see li
 from __future__ import annotations
 
 import select
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from time import monotonic
 from typing import Final
@@ -85,35 +85,16 @@ class Pump(trio.abc.Instrument):
 
     async def wait_while_readable(self, descriptor: int, step: Callable[[], bool]) -> None:
         """Do the work of `while_readable`."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         if descriptor in self._readers:
             raise trio.BusyResourceError(f"another task waits for descriptor {descriptor}")
-        task = trio.lowlevel.current_task()
-        is_over = False
+        waiting = _Waiting(self, descriptor, step)
+        self.on_readable(descriptor, waiting.on_readable)
+        self._interrupts[descriptor] = waiting.interrupt
+        await trio.lowlevel.wait_task_rescheduled(waiting.abort)
 
-        def finish(result: outcome.Outcome[object]) -> None:
-            nonlocal is_over
-            is_over = True
-            self._stop_waiting(descriptor)
-            self.wake(task, result)
-
-        def on_readable() -> None:
-            try:
-                if not step():
-                    finish(outcome.Value(None))
-            except BaseException as error:  # noqa: BLE001  # it is raised where it belongs: in the task that waits
-                finish(outcome.Error(error))
-
-        def abort(_: object) -> trio.lowlevel.Abort:
-            if is_over:
-                return trio.lowlevel.Abort.FAILED
-            self._stop_waiting(descriptor)
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        self.on_readable(descriptor, on_readable)
-        self._interrupts[descriptor] = lambda: finish(outcome.Error(trio.ClosedResourceError("closed meanwhile")))
-        await trio.lowlevel.wait_task_rescheduled(abort)
-
-    def _stop_waiting(self, descriptor: int) -> None:
+    def stop_waiting(self, descriptor: int) -> None:
+        """Call no task any more that waits for *descriptor*."""
         self.on_readable(descriptor, None)
         self._interrupts.pop(descriptor, None)
 
@@ -193,6 +174,38 @@ class Pump(trio.abc.Instrument):
                 self._epoll.unregister(descriptor)
 
 
+class _Waiting:
+    """A task that waits while *step* takes what can be read. Hundreds do: four functions would take a kilobyte."""
+
+    __slots__ = ("_descriptor", "_is_over", "_pump", "_step", "_task")
+
+    def __init__(self, pump: Pump, descriptor: int, step: Callable[[], bool]) -> None:
+        self._pump, self._descriptor, self._step = pump, descriptor, step
+        self._task = trio.lowlevel.current_task()
+        self._is_over = False
+
+    def on_readable(self) -> None:
+        try:
+            if not self._step():
+                self._finish(outcome.Value(None))
+        except BaseException as error:  # noqa: BLE001  # it is raised where it belongs: in the task that waits
+            self._finish(outcome.Error(error))
+
+    def interrupt(self) -> None:
+        self._finish(outcome.Error(trio.ClosedResourceError("closed meanwhile")))
+
+    def abort(self, _: object) -> trio.lowlevel.Abort:
+        if self._is_over:
+            return trio.lowlevel.Abort.FAILED
+        self._pump.stop_waiting(self._descriptor)
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def _finish(self, result: outcome.Outcome[object]) -> None:
+        self._is_over = True
+        self._pump.stop_waiting(self._descriptor)
+        self._pump.wake(self._task, result)
+
+
 def current_pump() -> Pump:
     """Return the pump of this trio run."""
     try:
@@ -204,7 +217,7 @@ def current_pump() -> Pump:
         return pump
 
 
-async def while_readable(descriptor: int, step: Callable[[], bool]) -> None:
+def while_readable(descriptor: int, step: Callable[[], bool]) -> Awaitable[None]:
     """Call *step* each time *descriptor* can be read, until it returns False or raises; what it raises is raised here.
 
     *step* runs while no task does: it must not block. It should take a bounded amount, and is called again for the
@@ -214,9 +227,7 @@ async def while_readable(descriptor: int, step: Callable[[], bool]) -> None:
         trio.BusyResourceError: another task waits for the same descriptor.
         trio.ClosedResourceError: `Pump.forget` was called.
     """
-    await trio.lowlevel.checkpoint_if_cancelled()
-    pump = current_pump()
-    await pump.wait_while_readable(descriptor, step)
+    return current_pump().wait_while_readable(descriptor, step)
 
 
 def _descriptor_of_trio() -> int | None:

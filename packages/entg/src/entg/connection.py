@@ -63,7 +63,7 @@ class Connection:
     async def unless_stopped(self, wait: Callable[[], Awaitable[T]], patience_s: float = math.inf) -> T | None:
         """Return what *wait* returns; None once reading is to stop, or *patience_s* have passed."""
         if not self._is_stopping:
-            with trio.move_on_after(patience_s) as self._waiting:
+            with trio.CancelScope(deadline=trio.current_time() + patience_s) as self._waiting:
                 return await wait()
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Final, Literal
 
@@ -17,6 +18,7 @@ from enlink.program import RateLimitedLog, log_event
 from enlink.status import Counters
 from enlink.stream import Dialer, serve
 from enlink.supervise import Backoff
+from enlink.timers import Timer, current_timers
 
 from entg.connection import Connection, address_of, spell, spell_listeners
 from entg.handshakes import Handshakes
@@ -37,6 +39,7 @@ HALF_CLOSED_LIMIT_S: Final = 60.0  # without a packet to deliver
 PROVED_GOOD_S: Final = 1.0
 LONG_RUN: Final = 256  # packets
 
+_HELLO: Final = Hello(Role.GATEWAY)
 _REFUSALS: Final = ("busy", "wrong_port", "too_many")
 
 _logger = logging.getLogger(__name__)
@@ -209,31 +212,34 @@ class Leg:
         return True
 
     def _admit(self, stream: trio.abc.Stream, attested: AttestedStream | None) -> Connection:
-        def count(reason: str) -> None:
-            self._received_dropped[reason] += 1
-
-        link = Link(attested.stream if attested else stream, Hello(Role.GATEWAY), count)
+        link = Link(attested.stream if attested else stream, _HELLO, self._count_received_dropped)
         connection = Connection(stream, link, attested.evidence if attested else None)
         self._connections.append(connection)
         return connection
 
+    def _count_received_dropped(self, reason: str) -> None:
+        self._received_dropped[reason] += 1
+
     async def _run(self, connection: Connection, is_dialler: bool) -> None:
-        """Serve one connection from its first word to its last. Its faults end it, and nothing else."""
+        """Serve one connection to its end. Its faults end it, and nothing else."""
+        retirement = self._retire_in_time(connection)
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._keep_alive, connection)
-                nursery.start_soon(self._end_of_age, connection)
-                identity = await self._introduce(connection, is_dialler=is_dialler)
-                if identity is not None and self._claim(connection, identity):
-                    await self._forward(connection)
-                connection.has_finished_reading.set()
-                # When the gateway stops this is not the end yet: what the other leg has to deliver may go here.
-                await connection.has_ended.wait()
-                nursery.cancel_scope.cancel()
+            # Strangers by the hundred may stay silent: they have no task beside this one.
+            if (first := await self._hear_first_word(connection, is_dialler=is_dialler)) is not None:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._keep_alive, connection)
+                    identity = await self._introduce(connection, first)
+                    if identity is not None and self._claim(connection, identity):
+                        await self._forward(connection)
+                    await self._outlast_reading(connection)
+                    nursery.cancel_scope.cancel()
+            await self._outlast_reading(connection)
         except* LinkEnded as group:
             ended = next(error for error in leaves(group) if isinstance(error, LinkEnded))
             connection.end(ended.reason, str(ended))
         finally:
+            if retirement is not None:
+                retirement.cancel()
             connection.has_finished_reading.set()
             self._forget(connection)
             self._tell_end(connection, is_dialler=is_dialler)
@@ -252,34 +258,42 @@ class Leg:
         except LinkEnded as ended:
             self._give_up(connection, ended)
 
-    async def _end_of_age(self, connection: Connection) -> None:
-        """End a link whose peer was judged too long ago. The one that dials makes another."""
-        if self._attested is not None:
-            await trio.sleep(self._attested.max_link_age_s)
-            text = f"attested {self._attested.max_link_age_s:.0f} s ago, as long as the policy allows"
-            connection.end("reattest", text, Close(text))
+    def _retire_in_time(self, connection: Connection) -> Timer | None:
+        """See to it that a link ends whose peer was judged too long ago. The one that dials makes another."""
+        if self._attested is None or (age_s := self._attested.max_link_age_s) == math.inf:
+            return None
+        text = f"attested {age_s:.0f} s ago, as long as the policy allows"
+        return current_timers().after(age_s, lambda: connection.end("reattest", text, Close(text)))
 
-    async def _introduce(self, connection: Connection, *, is_dialler: bool) -> Identity | None:
-        """Find out who this is; None if it is to end before it has said so. It stands in line meanwhile."""
+    async def _hear_first_word(self, connection: Connection, *, is_dialler: bool) -> Hello | Packets | None:
+        """Hear what a peer says first; None if it is to end before. Who is silent stands in line meanwhile."""
         link = connection.link
         if self._wire == "original":
             # An original gateway says nothing either, until an agent behind it has something to say.
             link.skip_greeting()
-            first = None
         elif is_dialler:
-            hello = await connection.unless_stopped(link.greet)
-            return self._identify(hello) if hello else None
-        else:
-            first = await connection.unless_stopped(link.hear_first_word, PROVISIONAL_AFTER_S)
-        while first is None or (identity := self._identify(first)) is None:
-            if first is not None:
-                self._received_dropped["link_local"] += (await link.receive()).count
-            self._place.stand_in_line(connection)
-            self._log("provisional", "silent" if first is None else "link_local", connection)
-            first = await connection.unless_stopped(link.hear_first_word)
-            if first is None:
+            return await connection.unless_stopped(link.greet)
+        elif (first := await connection.unless_stopped(link.hear_first_word, PROVISIONAL_AFTER_S)) is not None:
+            return first
+        self._stand_in_line(connection, "silent")
+        return await connection.unless_stopped(link.hear_first_word)
+
+    async def _introduce(self, connection: Connection, first: Hello | Packets) -> Identity | None:
+        """Find out who this is; None if it is to end before it has said so."""
+        while (identity := self._identify(first)) is None:
+            self._received_dropped["link_local"] += (await connection.link.receive()).count
+            self._stand_in_line(connection, "link_local")
+            heard = await connection.unless_stopped(connection.link.hear_first_word)
+            if heard is None:
                 return None
+            first = heard
         return identity
+
+    def _stand_in_line(self, connection: Connection, reason: str) -> None:
+        if connection.has_ended.is_set():
+            return  # it had to make room, and is forgotten already
+        self._place.stand_in_line(connection)
+        self._log("provisional", reason, connection)
 
     def _identify(self, first: Hello | Packets) -> Identity | None:
         return identify_agent(first) if self.name == "enta" else identify_gateway(first)
@@ -329,6 +343,11 @@ class Leg:
             connection.has_finished_reading.set()
             self._place.half_close(connection)
             await self._outlast_half_close(connection)
+
+    async def _outlast_reading(self, connection: Connection) -> None:
+        """Stay when nothing more is read: where the gateway stops, what the other leg has to deliver may go here."""
+        connection.has_finished_reading.set()
+        await connection.has_ended.wait()
 
     async def _outlast_half_close(self, connection: Connection) -> None:
         """Keep a raw peer that has said all it will say for its replies, until there are none or somebody speaks."""
