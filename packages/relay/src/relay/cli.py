@@ -26,7 +26,7 @@ from relay.options import given_options, read_file, to_config
 from relay.resolver import open_resolver
 from relay.service import listening_on, open_relay
 from relay.vsock_proxy import add_arguments, from_options, settle
-from relay.workers import Share, Workers, own_share
+from relay.workers import Workers, own_share, work
 
 _DESCRIPTION = """\
 Relay passes connections on from one kind of socket to another: TCP, vsock, unix, and Firecracker's vsock over unix.
@@ -161,8 +161,10 @@ async def _main(options: argparse.Namespace) -> None:
 
 
 async def _relay(options: argparse.Namespace) -> None:
-    if (share := own_share()) is not None:
-        await _work(share.of(to_config(options, share.file)), share)
+    if (own := own_share()) is not None:
+        share, assignment = own
+        async with open_relay(share.of(to_config(options, share.file))) as relay:
+            await work(relay, share, assignment)
         return
     file = read_file(options)
     await _serve(to_config(options, file), options.status_socket, file)
@@ -203,11 +205,6 @@ async def _serve(config: RelayConfig, status_path: Path | None, file: str | None
                 announce_ready(_logger, listen=where)
                 await relay.run(listeners, stopping)
             nursery.cancel_scope.cancel()
-
-
-async def _work(config: RelayConfig, share: Share) -> None:
-    async with open_relay(config) as relay:
-        await share.work(relay)
 
 
 async def _announce_workers(workers: Workers, where: str) -> None:
