@@ -13,6 +13,7 @@ from enlink.control import (
     Error,
     Hello,
     Keepalive,
+    PathState,
     Role,
     Unknown,
     decode_message,
@@ -126,7 +127,27 @@ def test_a_reason_that_is_no_text_at_all_is_encoded_with_marks() -> None:
     assert decode_message(encode_message(Close("\ud800!"))) == Close("?!")
 
 
-@pytest.mark.parametrize("said", [Keepalive(), Close(), Close("the agent is stopping"), Error("no")])
+@pytest.mark.proves("F16")
+@settings(deadline=None)
+@given(state=st.integers(0, 255), rest=st.binary(max_size=40))
+def test_of_a_path_one_byte_says_whether_it_goes_on_and_what_follows_is_for_later_versions(
+    state: int, rest: bytes
+) -> None:
+    if state in (0, 1):
+        assert decode_message(bytes((0, 6, state)) + rest) == PathState(is_open=state == 1)
+    else:
+        with pytest.raises(ValueError, match=f"PATH that says {state}, not 0 or 1"):
+            decode_message(bytes((0, 6, state)) + rest)
+
+
+def test_a_path_of_which_nothing_is_said_is_refused() -> None:
+    with pytest.raises(ValueError, match="PATH that says nothing"):
+        decode_message(b"\0\6")
+
+
+@pytest.mark.parametrize(
+    "said", [Keepalive(), Close(), Close("the agent is stopping"), Error("no"), PathState(True), PathState(False)]
+)
 def test_what_is_encoded_is_decoded(said: ControlMessage) -> None:
     assert decode_message(encode_message(said)) == said
 

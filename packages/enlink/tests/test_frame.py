@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from enlink.control import MAX_MTU_BYTES, VERSION, Close, ControlMessage, Error, Hello, Keepalive, Role, Unknown
+from enlink.control import (
+    MAX_MTU_BYTES,
+    VERSION,
+    Close,
+    ControlMessage,
+    Error,
+    Hello,
+    Keepalive,
+    PathState,
+    Role,
+    Unknown,
+)
 from enlink.frame import (
     BUFFER_BYTES,
     FLOOD_LIMIT,
@@ -57,6 +68,8 @@ GOLDEN_MESSAGES: dict[str, ControlMessage] = {
     "close": Close(),
     "close-reason": Close("the agent is stopping"),
     "error": Error("Zertifikat ungültig"),
+    "path-open": PathState(is_open=True),
+    "path-closed": PathState(is_open=False),
 }
 GOLDEN_PACKETS = {
     "ipv4": struct.pack("!BBHHHBBH", 0x45, 0, 33, 1, 0x4000, 64, 17, 0xB87B)
@@ -69,6 +82,9 @@ GOLDEN_PACKETS = {
 GOLDEN_RECEIVED: dict[str, list[Event]] = {
     "hello-version-2": [Hello(Role.GATEWAY, version=2)],
     "routes": [Unknown(2)],
+    "path-longer": [PathState(is_open=True)],
+    "path-nothing": [Fault("bad_control", "sent a malformed control message: PATH that says nothing")],
+    "path-two": [Fault("bad_control", "sent a malformed control message: PATH that says 2, not 0 or 1")],
     "unknown": [Unknown(255)],
     "empty": [Discarded("empty")],
     "one-byte": [Discarded("not_ip")],
@@ -155,7 +171,9 @@ INTERFACES = st.ip_addresses(v=4).map(lambda address: IPv4Interface((address, 17
 )
 REASONS = st.text(max_size=63)  # at most 252 bytes: nothing is cut
 NAMES = st.text(max_size=15)
-MESSAGES = st.just(Keepalive()) | st.builds(Close, REASONS) | st.builds(Error, REASONS)
+MESSAGES = (
+    st.just(Keepalive()) | st.builds(Close, REASONS) | st.builds(Error, REASONS) | st.builds(PathState, st.booleans())
+)
 HELLOS = st.builds(
     Hello,
     role=st.sampled_from(Role),
@@ -188,7 +206,10 @@ def test_whatever_is_said_is_heard_however_it_is_cut(
     assert feed_all(bytes([byte]) for byte in stream) == (said, True)
 
 
-SESSION = ["hello-client", "ipv4", "ipv6", "keepalive", "empty", "ipv4", "unknown", "nineteen", "ipv4", "close-reason"]
+SESSION = [
+    *("hello-client", "ipv4", "ipv6", "keepalive", "empty", "ipv4", "path-closed", "unknown", "nineteen", "ipv4"),
+    *("path-longer", "close-reason"),
+]
 
 
 @pytest.mark.proves("G3")
@@ -459,7 +480,7 @@ def test_hello_is_said_once() -> None:
 
 @pytest.mark.proves("F16")
 def test_control_messages_of_later_versions_are_skipped() -> None:
-    for kind in {*range(256)} - {1, 3, 4, 5}:
+    for kind in {*range(256)} - {1, 3, 4, 5, 6}:
         assert feed_all([control(kind, b"?" * (kind % 7)) + frame(ipv4())]) == ([Unknown(kind), ipv4()], True)
 
 
@@ -542,6 +563,8 @@ def oracle_control(kind: int, body: bytes, has_hello: bool) -> tuple[Fault | Non
     if kind in (4, 5):
         text = body[:1020].decode("utf-8", "replace")
         return None, Close(text) if kind == 4 else Error(text)
+    if kind == 6:
+        return (None, PathState(body[:1] == b"\1")) if body[:1] in (b"\0", b"\1") else (BAD_CONTROL, None)
     if kind != 1:
         return None, Unknown(kind)
     if has_hello or not 4 <= len(body) <= 1024:
@@ -590,7 +613,7 @@ def outcomes(heard: Sequence[Any]) -> Iterator[str]:
 
 EVERY_OUTCOME = {
     *("packet", "nothing", "empty", "not_ip", "too_short", "frame_len", "bad_control"),
-    *("Hello", "Keepalive", "Close", "Error", "Unknown"),
+    *("Hello", "Keepalive", "Close", "Error", "PathState", "Unknown"),
 }
 
 
@@ -605,7 +628,7 @@ def raw_inputs(count: int, seed: int) -> Iterator[bytes]:
         elif dice < 0.4:
             yield len(noise).to_bytes(4, "big") + b"\0" + noise[1:] + noise[:3]
         elif dice < 0.6:
-            yield (len(noise) + 2).to_bytes(4, "big") + b"\0" + bytes([int(choice.random() * 7)]) + noise
+            yield (len(noise) + 2).to_bytes(4, "big") + b"\0" + bytes([int(choice.random() * 8)]) + noise
         else:
             yield (len(noise) + int(choice.random() * 1.1)).to_bytes(4, "big") + noise
 
@@ -644,7 +667,7 @@ def test_raw_inputs_mean_what_the_oracle_says(seed: int) -> None:
         assert heard == oracle(stream), stream.hex()
         reached.update(outcomes(heard[0]))
     # The sample is worth something.
-    assert min(reached[outcome] for outcome in EVERY_OUTCOME - {"Hello"}) > 1000, reached
+    assert min(reached[outcome] for outcome in EVERY_OUTCOME - {"Hello", "PathState"}) > 1000, reached
 
 
 @pytest.mark.proves("D11", "D22", "G3")

@@ -16,7 +16,7 @@ from typing import Any, ParamSpec
 
 import pytest
 import trio
-from enlink.control import Close, ControlMessage, Error, Hello, Keepalive, Role
+from enlink.control import Close, ControlMessage, Error, Hello, Keepalive, PathState, Role
 from enlink.frame import FLOOD_LIMIT, JUNK_LIMIT, FrameDecoder, Packets, encode_control, encode_packets
 from enlink.link import (
     GREETING_DEADLINE_S,
@@ -311,6 +311,7 @@ async def test_with_the_original_wire_no_control_message_leaves_and_no_hello_is_
 
 SAID_BEFORE_HELLO = [
     (Keepalive(), "bad_control", "the peer said KEEPALIVE out of turn"),
+    (PathState(is_open=True), "bad_control", "the peer said PATHSTATE out of turn"),
     (Close("changed my mind"), "closed", "the peer closed the link: changed my mind"),
     (Close(), "closed", "the peer closed the link"),
     (Error("too many connections"), "refused", "the peer refused the link: too many connections"),
@@ -369,6 +370,93 @@ async def test_a_hello_that_was_answered_by_half_is_not_answered_again(clock: Mo
     with pytest.raises(LinkEnded) as raised:
         await side.link.hear_first_word()
     assert raised.value.reason == "cut"
+
+
+# Beyond the peer.
+
+
+@in_trio
+async def test_who_hears_that_the_path_is_closed_or_open_tells_its_owner_of_changes_only(
+    make_pair: MakePair, clock: MockClock
+) -> None:
+    side, peer = await greeted_by_hand(make_pair)
+    link = side.link
+    heard = [link.path_is_open]
+    link.path_changed = lambda: heard.append(link.path_is_open)
+    states = (True, False, False, True, True, False)
+    await peer.send_all(b"".join(encode_control(PathState(state)) for state in states) + FRAME)
+    assert await take_packets(link, 1) == [PACKET]
+    assert heard == [True, False, True, False]
+    assert side.counts == {}
+    await link.aclose()
+    await peer.aclose()
+
+
+@in_trio
+async def test_news_of_the_path_is_heard_though_nobody_asked_to_be_told() -> None:
+    side, peer = await greeted_by_hand(memory_pair)
+    await peer.send_all(encode_control(PathState(is_open=False)) + FRAME)
+    await take_packets(side.link, 1)
+    assert side.link.path_is_open is False
+
+
+@pytest.mark.proves("D11")
+@pytest.mark.parametrize("body", [b"", b"\2", b"\xff\1"])
+@in_trio
+async def test_who_says_something_else_of_the_path_is_told_and_its_link_ends(body: bytes) -> None:
+    side, peer = await greeted_by_hand(memory_pair)
+    await peer.send_all((2 + len(body)).to_bytes(4, "big") + b"\0\6" + body)
+    ended = await end_of(side.link)
+    assert (type(ended), ended.reason) == (PeerFault, "bad_control")
+    assert side.link.path_is_open
+    await side.link.aclose()
+    (told,) = await hear_all(peer)
+    assert "malformed control message: PATH that says" in told.reason
+
+
+@pytest.mark.parametrize("first_word", [b"", FRAME, None], ids=["silent", "raw", "original"])
+@in_trio
+async def test_who_has_not_said_hello_is_told_nothing_of_the_path(first_word: bytes | None) -> None:
+    peer, here = memory_stream_pair()
+    side = Side(here)
+    if first_word is None:
+        side.link.skip_greeting()
+    elif first_word:
+        await peer.send_all(first_word)
+        await side.link.hear_first_word()
+    await side.link.tell_path(is_open=True)
+    await side.link.tell_path(is_open=False)
+    await side.link.aclose()
+    assert await hear_all(peer) == []
+
+
+@in_trio
+async def test_an_eng_peer_is_told_of_the_path_byte_for_byte() -> None:
+    side, peer = await greeted_by_hand(memory_pair)
+    await side.link.tell_path(is_open=True)
+    await side.link.tell_path(is_open=False)
+    assert await peer.receive_some() == bytes.fromhex("00000003000601 00000003000600")
+
+
+@in_trio
+async def test_a_peer_that_takes_nothing_is_not_told_of_the_path_for_ever(clock: MockClock) -> None:
+    side, peer = await greeted_by_hand(lockstep_pair)
+    with pytest.raises(LinkEnded) as raised:
+        await side.link.tell_path(is_open=True, stall_limit_s=3)
+    assert (raised.value.reason, trio.current_time()) == ("stalled", 3)
+    await peer.aclose()
+
+
+@pytest.mark.proves("G14")
+@in_trio
+async def test_a_thousand_words_on_the_path_are_taken_and_more_in_a_second_are_a_flood() -> None:
+    side, peer = await greeted_by_hand(memory_pair)
+    changes = list[None]()
+    side.link.path_changed = lambda: changes.append(None)
+    flips = encode_control(PathState(is_open=False)) + encode_control(PathState(is_open=True))
+    await peer.send_all(flips * FLOOD_LIMIT)
+    assert (await end_of(side.link)).reason == "flood"
+    assert len(changes) == FLOOD_LIMIT - 1  # HELLO was one, too
 
 
 # Packets.

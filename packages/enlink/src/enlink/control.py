@@ -43,6 +43,7 @@ class ControlType(IntEnum):
     KEEPALIVE = 3
     CLOSE = 4
     ERROR = 5
+    PATH = 6
 
 
 class _HelloTag(IntEnum):
@@ -88,13 +89,24 @@ class Error:
 
 
 @dataclass(frozen=True, slots=True)
+class PathState:
+    """Whether the path goes on beyond the sender, to the other agent. Until a peer says so, it is taken to be open.
+
+    Attributes:
+        is_open: otherwise packets that the sender gets now are dropped somewhere.
+    """
+
+    is_open: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Unknown:
     """A control message of a type that this version does not know; skipped."""
 
     type: int
 
 
-ControlMessage = Hello | Keepalive | Close | Error | Unknown
+ControlMessage = Hello | Keepalive | Close | Error | PathState | Unknown
 
 
 def encode_message(message: ControlMessage) -> bytes:
@@ -113,6 +125,8 @@ def encode_message(message: ControlMessage) -> bytes:
             kind, body = ControlType.CLOSE, _encode_text(reason)
         case Error(reason):
             kind, body = ControlType.ERROR, _encode_text(reason)
+        case PathState(is_open):
+            kind, body = ControlType.PATH, bytes((is_open,))
         case _:
             raise ValueError("an unknown message cannot be encoded")
     return bytes((0, kind)) + body
@@ -134,6 +148,8 @@ def decode_message(payload: bytes | memoryview) -> ControlMessage:
             return Close(_decode_text(body))
         case ControlType.ERROR:
             return Error(_decode_text(body))
+        case ControlType.PATH:
+            return _decode_path(body)
         case _:
             return Unknown(kind)
 
@@ -193,6 +209,13 @@ def _decode_interface(value: bytes) -> Interface:
             return IPv6Interface((IPv6Address(value[1:]), value[0]))
         case length:
             raise ValueError(f"HELLO with a TUN address of {length} bytes")
+
+
+def _decode_path(body: bytes) -> PathState:
+    # What may follow the first byte is for later versions.
+    if body[:1] not in (b"\0", b"\1"):
+        raise ValueError(f"PATH that says {body[0]}, not 0 or 1" if body else "PATH that says nothing")
+    return PathState(body[0] == 1)
 
 
 def _encode_text(text: str) -> bytes:

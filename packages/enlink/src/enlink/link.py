@@ -9,7 +9,7 @@ from typing import Final, Literal, NoReturn, TypeGuard
 
 import trio
 
-from enlink.control import Close, ControlMessage, Error, Hello, Keepalive, Role, Unknown
+from enlink.control import Close, ControlMessage, Error, Hello, Keepalive, PathState, Role, Unknown
 from enlink.ecn import StandingQueue, mark_congested
 from enlink.errors import ProtocolError, Unavailable
 from enlink.frame import Buffer, Discarded, Event, Fault, FrameDecoder, Packets, encode_control
@@ -65,12 +65,16 @@ class Link:
         speech: what the peer turned out to be: ``silent`` so far, ``raw`` packets only, or ``eng``.
         peer: the peer's HELLO, if it speaks ENG.
         marked: how many packets have learned here that more than `QUEUE_LIMIT_BYTES` wait behind them: see ecn.py.
+        path_is_open: False while the peer's last word is that beyond it the path does not go on...
+        path_changed: ...and what to call when that has changed; it must neither block nor raise.
     """
 
     def __init__(self, stream: trio.abc.Stream, hello: Hello, count: Callable[[str], None]) -> None:
         self.speech: Speech = "silent"
         self.peer: Hello | None = None
         self.marked = 0
+        self.path_is_open = True
+        self.path_changed: Callable[[], object] = _do_nothing
         self._hello = hello
         self._count = count
         self._stream = stream
@@ -148,6 +152,11 @@ class Link:
         if self._is_closed:
             raise LinkEnded("closed", "the link was closed here")
         await self._send(encoded, stall_limit_s)
+
+    async def tell_path(self, *, is_open: bool, stall_limit_s: float = math.inf) -> None:
+        """Tell an ENG peer whether the path goes on beyond this side. Raises and waits as `send` does."""
+        if self.speech == "eng":
+            await self.send(encode_control(PathState(is_open)), stall_limit_s=stall_limit_s)
 
     @property
     def can_send_at_once(self) -> bool:
@@ -290,6 +299,9 @@ class Link:
             self.speech = "eng"
         elif self.speech != "eng":
             raise PeerFault("bad_control", f"the peer said {type(message).__name__.upper()} out of turn")
+        elif isinstance(message, PathState) and message.is_open != self.path_is_open:
+            self.path_is_open = message.is_open
+            self.path_changed()
 
     async def _refuse(self, text: str) -> None:
         if self.speech == "eng":
@@ -393,6 +405,10 @@ def _is_bulk(event: Event) -> TypeGuard[Packets]:
 def _take_nothing(_: Packets) -> bool:
     """Leave every run of packets to the task that receives."""
     return False
+
+
+def _do_nothing() -> None:
+    """Nobody asked to be told."""
 
 
 def _how_it_broke(error: Exception) -> str:

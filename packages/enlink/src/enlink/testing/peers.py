@@ -12,7 +12,7 @@ from typing import Self
 
 import trio
 
-from enlink.control import ControlMessage, Hello
+from enlink.control import ControlMessage, Hello, PathState
 from enlink.frame import Event, FrameDecoder, Packets, encode_control, encode_packets
 from enlink.testing.frames import feed
 from enlink.testing.hosts import Host
@@ -75,6 +75,8 @@ class Peer:
         self.stream = stream
         self._decoder = FrameDecoder()
         self._events: deque[Event | bytes] = deque()
+        self._paths: deque[bool] = deque()
+        self._is_greeted = False
 
     async def say(self, *messages: ControlMessage) -> None:
         """Send control messages."""
@@ -94,14 +96,22 @@ class Peer:
                 raise AssertionError(f"no HELLO, but {other!r}")
 
     async def hear(self) -> Event | bytes | None:
-        """Return the next IP packet or other event; None at the end of the stream."""
+        """Return the next IP packet or other event; None at the end of the stream. See `hear_path` for the rest."""
         while not self._events:
-            data = await self.stream.receive_some(256 * 1024)
-            if not data:
+            if not await self._receive():
                 return None
-            for event in feed(self._decoder, data):
-                self._events.extend(map(bytes, event) if isinstance(event, Packets) else (event,))
         return self._events.popleft()
+
+    async def hear_path(self) -> bool:
+        """Return the next word on the path: it is open. `hear` leaves these out, once we are greeted.
+
+        Raises:
+            AssertionError: the stream ended.
+        """
+        while not self._paths:
+            if not await self._receive():
+                raise AssertionError("the stream ended")
+        return self._paths.popleft()
 
     async def hear_packets(self, count: int) -> list[bytes]:
         """Return the next *count* IP packets.
@@ -117,6 +127,20 @@ class Peer:
                 case other:
                     raise AssertionError(f"after {len(heard)} of {count} packets: {other!r}")
         return heard
+
+    async def _receive(self) -> bool:
+        data = await self.stream.receive_some(256 * 1024)
+        for event in feed(self._decoder, data):
+            match event:
+                case Packets():
+                    self._events.extend(map(bytes, event))
+                # Who was never greeted must not get it, and is to notice.
+                case PathState(is_open) if self._is_greeted:
+                    self._paths.append(is_open)
+                case _:
+                    self._is_greeted |= isinstance(event, Hello)
+                    self._events.append(event)
+        return bool(data)
 
     async def __aenter__(self) -> Self:
         return self
