@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from operator import index
 from typing import Any, Final
 
 import trio
@@ -236,7 +237,7 @@ def own_assignment(variable: str) -> Assignment | None:
     try:
         descriptor = int(text)
         share = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
-        control = socket.socket(fileno=share.pop("control")).detach()  # which fails unless it is one
+        control = socket.socket(fileno=index(share.pop("control"))).detach()  # which fails unless it is one
         os.close(descriptor)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, OSError) as error:
         raise ConfigError(f"{variable}={text!r} is no share of this program's work: unset it") from error
