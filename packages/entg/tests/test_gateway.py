@@ -17,7 +17,7 @@ from typing import Literal
 import pytest
 import trio
 from enlink.control import Close, Hello, Keepalive, Role
-from enlink.frame import encode_packets
+from enlink.frame import encode_control, encode_packets
 from enlink.testing.hosts import Host
 from enlink.testing.peers import Peer, connect, ip_packet, ip_packets, listening
 from enlink.testing.programs import Program, in_trio, started, until
@@ -26,6 +26,7 @@ from enlink.testing.streams import reset
 ALICE, FAR = "192.168.0.1", "192.168.0.254"
 REQUEST, REPLY = ip_packet(ALICE, FAR, b"request"), ip_packet(FAR, ALICE, b"reply")
 AGENT = Hello(Role.CLIENT_AGENT, tun=(IPv4Interface(f"{ALICE}/24"),))
+SERVER = Hello(Role.SERVER_AGENT, tun=(IPv4Interface(f"{FAR}/24"),))
 GATEWAY = Hello(Role.GATEWAY)
 
 Speech = Literal["raw", "eng"]
@@ -43,6 +44,12 @@ async def connect_as(host: Host, leg: Literal["enta", "entg"], speech: Speech) -
 
 async def until_connected(gateway: Program, *legs: str) -> None:
     await until(lambda: all(gateway.status()["legs"][leg]["connected"] for leg in legs or ("enta", "entg")))
+
+
+async def until_heard(peer: Peer, *, is_open: bool) -> None:
+    """Wait until a peer is told that the path is open, or that it is closed."""
+    while await peer.hear_path() is not is_open:
+        pass
 
 
 async def exchange(
@@ -210,6 +217,7 @@ async def test_an_agent_whose_link_is_a_black_hole_has_its_place_again_as_soon_a
         await until_connected(gateway)
         assert isinstance(lost.stream, trio.SocketStream)
         _, port = lost.stream.socket.getsockname()
+        await until_heard(lost, is_open=True)
         with black_hole(host, port):
             async with await connect_as(host, "enta", "eng") as agent:
                 await peer.send(REPLY)
@@ -242,6 +250,67 @@ async def test_a_gateway_that_is_killed_and_comes_back_is_dialled_again_at_once(
         await until(lambda: len(dials.events("unreachable")) >= 4)
         assert len(dials.events("unreachable")) == 4  # before the first came, and after each had gone
     assert max(times_s) < 8 * 0.3, times_s
+
+
+NEAR = ("entg", "--entg-connect", "127.0.0.1:6979", "--enta-listen", "7980")  # a gateway before the one that listens
+
+
+def path(gateway: Program, leg: str) -> str:
+    return str(gateway.status()["legs"][leg]["path"])
+
+
+def is_closed(gateway: Program, leg: str) -> bool:
+    return path(gateway, leg) == "closed"
+
+
+@pytest.mark.proves("F09")
+@in_trio
+async def test_an_agent_hears_each_time_when_the_agent_at_the_far_end_goes_or_comes_back(
+    gateway: Program, host: Host
+) -> None:
+    with started(host, *NEAR) as near:
+        near.wait_until_ready()
+        await until_connected(near, "entg")
+        await until(partial(is_closed, near, "entg"))
+        async with await connect(host, 7980) as agent:
+            await agent.greet(AGENT)
+            assert await agent.hear_path() is False
+            for last_words in (encode_control(Close("done")), b"", b"\xff\xff\xff\xff", None):
+                async with await connect(host, 6980) as server:
+                    await server.greet(SERVER)
+                    await until_heard(server, is_open=True)
+                    assert await agent.hear_path() is True
+                    assert (path(near, "entg"), path(gateway, "enta")) == ("open", "open")
+                    await exchange(agent, server, size_bytes=100_000, first=([], []))
+                    assert isinstance(server.stream, trio.SocketStream)
+                    if last_words is None:
+                        reset(server.stream)
+                    else:
+                        await server.stream.send_all(last_words)
+                await agent.say(Keepalive())
+                assert await agent.hear_path() is False
+                assert (path(near, "entg"), path(gateway, "enta")) == ("closed", "closed")
+
+
+@pytest.mark.proves("F09")
+@in_trio
+async def test_an_agent_hears_when_the_far_gateway_dies_and_not_before_there_is_an_agent_again(host: Host) -> None:
+    with started(host, *NEAR) as near:
+        near.wait_until_ready()
+        async with await connect(host, 7980) as agent:
+            await agent.greet(AGENT)
+            assert await agent.hear_path() is False
+            for _ in range(2):
+                with started(host, "entg") as far:
+                    far.wait_until_ready()
+                    await until_connected(near, "entg")
+                    await until(partial(is_closed, near, "entg"))
+                    async with await connect(host, 6980) as server:
+                        await server.greet(SERVER)
+                        await agent.say(Keepalive())
+                        assert await agent.hear_path() is True
+                        far.kill()
+                        assert await agent.hear_path() is False
 
 
 @pytest.mark.proves("F31")

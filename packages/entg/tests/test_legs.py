@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sized
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Interface
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import trio
 from enlink.connection import Unreachable
-from enlink.control import Close, Error, Hello, Keepalive, Role
+from enlink.control import Close, ControlMessage, Error, Hello, Keepalive, PathState, Role, Unknown, decode_message
 from enlink.endpoint import Tcp
 from enlink.frame import Wire, encode_control, encode_packets
-from enlink.link import SILENCE_LIMIT_S
+from enlink.link import SILENCE_LIMIT_S, Link
 from enlink.status import Counters
 from enlink.stream import Dialer
 from enlink.testing.peers import Peer, ip_packet
@@ -30,6 +30,7 @@ from entg.legs import (
     Leg,
     LegName,
 )
+from entg.path import PAUSE_S
 from entg.router import Router
 from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
 
@@ -510,6 +511,280 @@ async def test_when_nobody_can_make_room_a_newcomer_is_refused() -> None:
         assert await gateway.hear_packets(CONNECTION_LIMIT) == [REQUEST] * CONNECTION_LIMIT
 
 
+# What peers hear of the path.
+
+
+class Told:
+    """What a peer hears of the path, as it hears it."""
+
+    def __init__(self, legs: Rig, peer: Peer) -> None:
+        self.states: list[bool] = []
+        self._peer = peer
+        legs.nursery.start_soon(self._listen)
+
+    async def _listen(self) -> None:
+        with suppress(AssertionError):  # the end
+            while True:
+                is_open = await self._peer.hear_path()
+                self.states.append(is_open)
+
+    async def since(self) -> list[bool]:
+        """What it has heard since the last call."""
+        await trio.sleep(3 * PAUSE_S)
+        states, self.states = self.states, []
+        return states
+
+    @asynccontextmanager
+    async def living(self) -> AsyncIterator[None]:
+        """Have the peer say, meanwhile, that it lives."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(live, self._peer)
+            yield
+            nursery.cancel_scope.cancel()
+
+
+async def live(peer: Peer) -> None:
+    with suppress(trio.BrokenResourceError):
+        while True:
+            await peer.say(Keepalive())
+            await trio.sleep(1)
+
+
+def far_name(name: LegName) -> LegName:
+    return "entg" if name == "enta" else "enta"
+
+
+HELLOS: dict[LegName, Hello] = {"enta": AGENT, "entg": GATEWAY}
+FIRST_PACKETS: dict[LegName, bytes] = {"enta": REQUEST, "entg": REPLY}
+both_ways = pytest.mark.parametrize("name", ["enta", "entg"])
+
+
+@both_ways
+@jumping
+async def test_who_comes_first_hears_that_the_path_is_closed_and_who_comes_second_that_it_is_open(
+    name: LegName,
+) -> None:
+    async with rig() as legs:
+        first = await legs.greeted(name, HELLOS[name])
+        told_s = trio.current_time()
+        assert await first.hear_path() is False
+        second = await legs.greeted(far_name(name), HELLOS[far_name(name)])
+        assert await second.hear_path() is True
+        assert trio.current_time() == told_s
+        assert await first.hear_path() is True
+        paths = {leg.snapshot()["path"] for leg in (legs.enta, legs.entg)}
+        assert paths == {"open"}
+
+
+@both_ways
+@jumping
+async def test_whoever_comes_and_goes_and_however_the_other_side_hears_it(name: LegName) -> None:
+    far = far_name(name)
+    async with rig() as legs:
+        told = Told(legs, await legs.greeted(name, HELLOS[name]))
+        assert await told.since() == [False]
+        # One that says HELLO and CLOSE, one that is cut, one that breaks the protocol.
+        for last_words in (encode_control(Close()), b"", b"\xff\xff\xff\xff"):
+            peer = await legs.greeted(far, HELLOS[far])
+            assert await told.since() == [True]
+            assert legs.leg(far).snapshot()["path"] == "open"
+            await peer.stream.send_all(last_words)
+            await peer.stream.aclose()
+            assert await told.since() == [False]
+            assert legs.leg(far).snapshot()["path"] == "closed"
+        # One that falls silent.
+        await legs.greeted(far, HELLOS[far])
+        assert await told.since() == [True]
+        async with told.living():
+            await until(lambda: legs.leg(far).snapshot()["state"] == "waiting")
+            assert await told.since() == [False]
+        # One that never says a word.
+        silent = await legs.silent(far)
+        assert await told.since() == [True]
+        await silent.stream.aclose()
+        assert await told.since() == [False]
+        # One that speaks raw, and then half-closes, until it is let go.
+        raw = await legs.spoken(far, FIRST_PACKETS[far])
+        assert await told.since() == [True]
+        await raw.stream.send_eof()
+        assert await told.since() == []
+        assert legs.leg(far).snapshot()["path"] == "open"
+        async with told.living():
+            await until(lambda: legs.leg(far).snapshot()["state"] == "waiting")
+            assert await told.since() == [False]
+
+
+@jumping
+async def test_what_the_peer_gateway_says_is_passed_on_and_forgotten_when_it_goes() -> None:
+    async with rig() as legs:
+        told = Told(legs, await legs.greeted("enta", AGENT))
+        assert await told.since() == [False]
+        gateway = await legs.greeted("entg", GATEWAY)
+        assert await told.since() == [True]
+        for is_open in (False, True, False):
+            await gateway.say(PathState(is_open))
+            assert await told.since() == [is_open]
+            await gateway.say(PathState(is_open))
+            assert await told.since() == []
+        assert legs.entg.snapshot()["path"] == "closed"
+        # One that is older, and says nothing of it, takes its place; and then one that has bad news at once.
+        await legs.greeted("entg", Hello(Role.GATEWAY, "older"))
+        assert await told.since() == [True]
+        newer = legs.connect("entg")
+        await newer.say(GATEWAY, PathState(is_open=False))
+        assert await told.since() == [False]
+        await newer.say(Close())
+        assert await told.since() == []
+        assert legs.count("from_entg_dropped", "unknown_control") == 0
+
+
+@pytest.mark.proves("F16")
+@jumping
+async def test_an_older_peer_skips_what_it_is_told_of_the_path_and_packets_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def older(payload: memoryview) -> ControlMessage:
+        return Unknown(6) if payload[1] == 6 else decode_message(payload)
+
+    monkeypatch.setattr("enlink.frame.decode_message", older)
+    async with rig() as legs:
+        ours, theirs = memory_stream_pair()
+        skipped: list[str] = []
+        agent = Link(ours, AGENT, skipped.append)
+        legs.nursery.start_soon(legs.enta.accept, theirs)
+        await agent.greet()
+        for count in range(1, 4):
+            gateway = await legs.spoken("entg", REPLY)
+            assert list(map(bytes, await agent.receive())) == [REPLY]
+            await trio.sleep(1)
+            await agent.send(encode_packets([REQUEST]))
+            assert await gateway.hear_packets(1) == [REQUEST]
+            await gateway.stream.aclose()
+            await until(lambda: legs.entg.snapshot()["state"] == "half_closed")
+            # It hears of the first only once, and then of no change: half of a raw peer still takes packets.
+            assert len(skipped) == min(count, 2)
+        assert set(skipped) == {"unknown_control"}
+        assert agent.path_is_open
+
+
+@jumping
+async def test_a_gateway_that_comes_with_bad_news_is_no_good_news_before() -> None:
+    async with rig() as legs:
+        told = Told(legs, await legs.greeted("enta", AGENT))
+        assert await told.since() == [False]
+        for _ in range(3):
+            gateway = await legs.greeted("entg", GATEWAY)
+            await trio.sleep(PAUSE_S / 2)
+            await gateway.say(PathState(is_open=False))
+            assert await told.since() == []
+            await gateway.say(Close())
+            assert await told.since() == []
+
+
+@jumping
+async def test_a_gateway_never_hears_its_own_news_come_back() -> None:
+    async with rig() as legs:
+        gateway, agent = await legs.greeted("entg", GATEWAY), await legs.greeted("enta", AGENT)
+        told, agent_told = Told(legs, gateway), Told(legs, agent)
+        assert await told.since() == [False, True]
+        await agent_told.since()
+        for is_open in (False, True):
+            await gateway.say(PathState(is_open))
+            assert await told.since() == []
+            assert await agent_told.since() == [is_open]
+
+
+@jumping
+async def test_the_same_agent_come_back_is_told_and_its_peer_hears_nothing_of_it() -> None:
+    async with rig() as legs:
+        told = Told(legs, await legs.greeted("entg", GATEWAY))
+        await legs.greeted("enta", AGENT)
+        assert await told.since() == [False, True]
+        again = await legs.greeted("enta", AGENT)
+        assert await again.hear_path() is True
+        assert await told.since() == []
+
+
+@jumping
+async def test_who_is_refused_hears_nothing_of_the_path() -> None:
+    async with rig() as legs:
+        await legs.greeted("enta", AGENT)
+        other = legs.connect("enta")
+        await other.greet(OTHER_AGENT)
+        with pytest.raises(AssertionError, match="ended"):
+            await other.hear_path()
+
+
+async def bytes_until_end(peer: Peer) -> bytes:
+    heard = bytearray()
+    while data := await peer.stream.receive_some():
+        heard += data
+    return bytes(heard)
+
+
+@pytest.mark.parametrize("wire", ["auto", "original"])
+@both_ways
+@jumping
+async def test_peers_that_have_not_said_hello_get_packets_and_not_a_byte_of_the_path(name: LegName, wire: Wire) -> None:
+    far = far_name(name)
+    async with rig(wire) as legs:
+        silent, raw = await legs.silent(name), await legs.spoken(name, FIRST_PACKETS[name])
+        for _ in range(3):
+            other = await legs.spoken(far, FIRST_PACKETS[far])
+            await trio.sleep(1)
+            await other.stream.aclose()
+            await trio.sleep(1)
+            await other.stream.aclose()
+            await until(lambda: legs.leg(far).snapshot()["state"] == "half_closed")
+        await raw.stream.aclose()
+        await until(lambda: legs.leg(name).snapshot()["state"] == "silent")
+        await legs.spoken(far, FIRST_PACKETS[far])
+        await trio.sleep(1)
+        legs.nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            assert await bytes_until_end(silent) == encode_packets([FIRST_PACKETS[far]])
+
+
+@pytest.mark.proves("D22", "G14")
+@jumping
+async def test_a_gateway_that_flips_its_path_a_thousand_times_a_second_is_worth_ten_words() -> None:
+    async with rig() as legs:
+        agent, gateway = await legs.greeted("enta", AGENT), await legs.greeted("entg", GATEWAY)
+        told = Told(legs, agent)
+        await told.since()
+        began_s = trio.current_time()
+        for number in range(3001):
+            await gateway.say(PathState(is_open=bool(number % 2)))
+            await trio.sleep(0.00113)
+        lasted_s = trio.current_time() - began_s
+        heard = await told.since()
+        assert 2 <= len(heard) <= 10 * lasted_s + 2
+        assert heard[-1] is False
+        assert await told.since() == []
+        await gateway.send(REPLY)
+        await until(lambda: legs.count("to_enta", "packets"))
+
+
+@pytest.mark.proves("F48")
+@jumping
+async def test_who_does_not_even_take_news_of_the_path_holds_up_nobody_and_is_given_up() -> None:
+    async with rig() as legs:
+        gateway = await legs.greeted("entg", GATEWAY)
+        stuck = legs.connect("enta", is_lockstep=True)
+        await stuck.greet(AGENT)
+        began_s = trio.current_time()
+
+        legs.nursery.start_soon(live, stuck)
+        for number in range(8):
+            await trio.sleep(1)
+            await gateway.say(PathState(is_open=bool(number % 2)), Keepalive())
+        assert legs.count("enta_ended", "stalled") == 0
+        await until(lambda: legs.enta.snapshot()["state"] == "waiting")
+        assert STALL_LIMIT_S <= trio.current_time() - began_s <= STALL_LIMIT_S + 0.2
+        await until(lambda: legs.count("enta_ended", "stalled"))
+        assert [await gateway.hear_path() for _ in range(3)] == [False, True, False]
+
+
 # Dialling.
 
 
@@ -770,6 +1045,7 @@ async def test_status_says_what_a_leg_waits_for_and_who_is_there() -> None:
             "for_s": 0.0,
             "address": None,
             "peer": None,
+            "path": "closed",
             "problem": None,
             "marked": 0,
             "connections": 0,
@@ -782,5 +1058,6 @@ async def test_status_says_what_a_leg_waits_for_and_who_is_there() -> None:
             "for_s": 7.0,
             "address": "memory:0",
             "peer": f"enta client 'default' {ALICE}/24",
+            "path": "open",
             "connections": 1,
         }

@@ -1,4 +1,4 @@
-"""Where packets go, with one agent and one peer: to the other leg, in order."""
+"""Where packets go, and news of the path, with one agent and one peer: to the other leg, in order."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ class Destination:
     def __init__(self) -> None:
         self.got: list[Packets] = []
         self.is_ready = True
+        self.path_is_open = False
+        self.onward: list[bool] = []
+
+    def note_onward(self, *, is_open: bool) -> None:
+        self.onward.append(is_open)
 
     def send_at_once(self, packets: Packets) -> bool:
         if self.is_ready:
@@ -46,3 +51,12 @@ def test_what_can_go_at_once_goes_to_the_other_leg_and_what_cannot_nowhere() -> 
     assert not router.forward_at_once(left, second)
     assert right.got == [first]
     assert left.got == []
+
+
+def test_whether_the_path_beyond_one_leg_is_open_is_news_for_the_other() -> None:
+    left, right, router = Destination(), Destination(), Router()
+    router.connect(left, right)
+    router.note_path(left)
+    left.path_is_open = True
+    router.note_path(left)
+    assert (left.onward, right.onward) == ([], [False, True])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Final, Literal
 
 import trio
@@ -22,6 +23,7 @@ from enlink.timers import Timer, current_timers
 
 from entg.connection import Connection, address_of, spell, spell_listeners
 from entg.handshakes import Handshakes
+from entg.path import Onward
 from entg.place import Identity, Place, identify_agent, identify_gateway
 from entg.router import Router
 
@@ -68,6 +70,7 @@ class Leg:
         self._wire = wire
         self._place: Place[Connection] = Place()
         self._connections: list[Connection] = []
+        self._onward = Onward()
         self._way: Mapping[str, object] = {}
         self._trouble: tuple[str, str] | None = None
         self._changed_s = trio.current_time()
@@ -98,6 +101,7 @@ class Leg:
             "for_s": round(trio.current_time() - (holder.since_s if holder else self._changed_s), 3),
             "address": holder.address if holder else None,
             "peer": describe(holder.link.peer) if holder else None,
+            "path": "open" if self.path_is_open else "closed",
             **self._attestation(holder),
             "problem": self._trouble[1] if self._trouble and not holder else None,
             "marked": holder.link.marked if holder else 0,
@@ -108,6 +112,20 @@ class Leg:
         if self._attested is None:
             return {}
         return {"attested": {"terms": str(self._attested), "peer": holder.evidence if holder else None}}
+
+    @property
+    def path_is_open(self) -> bool:
+        """Somebody holds the place, and has not said that the path ends there."""
+        holder = self._place.holder
+        return holder is not None and holder.link.path_is_open
+
+    def note_onward(self, *, is_open: bool) -> None:
+        """Take note whether what comes from here goes on beyond the other leg, and tell the speaker."""
+        self._onward.note(is_open=is_open)
+
+    def _note_path(self) -> None:
+        """Let the other leg know what lies beyond this one, when that may have changed."""
+        self._router.note_path(self)
 
     async def send(self, packets: Packets) -> None:
         """Pass packets to whoever holds the place; without one, or when it takes no more, drop and count them."""
@@ -227,9 +245,11 @@ class Leg:
             # Strangers by the hundred may stay silent: they have no task beside this one.
             if (first := await self._hear_first_word(connection, is_dialler=is_dialler)) is not None:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._keep_alive, connection)
+                    nursery.start_soon(self._beside, connection, connection.link.keep_alive)
                     identity = await self._introduce(connection, first)
                     if identity is not None and self._claim(connection, identity):
+                        tell = partial(self._onward.tell, connection.link, stall_limit_s=STALL_LIMIT_S)
+                        nursery.start_soon(self._beside, connection, tell)
                         await self._forward(connection)
                     await self._outlast_reading(connection)
                     nursery.cancel_scope.cancel()
@@ -252,9 +272,10 @@ class Leg:
         await connection.link.aclose(connection.farewell if is_worth_it else None)
         self._leaving -= 1
 
-    async def _keep_alive(self, connection: Connection) -> None:
+    async def _beside(self, connection: Connection, work: Callable[[], Awaitable[object]]) -> None:
+        """Do what goes on beside the reading, and give the connection up when that fails."""
         try:
-            await connection.link.keep_alive()
+            await work()
         except LinkEnded as ended:
             self._give_up(connection, ended)
 
@@ -293,6 +314,7 @@ class Leg:
         if connection.has_ended.is_set():
             return  # it had to make room, and is forgotten already
         self._place.stand_in_line(connection)
+        self._note_path()
         self._log("provisional", reason, connection)
 
     def _identify(self, first: Hello | Packets) -> Identity | None:
@@ -314,6 +336,8 @@ class Leg:
             text = f"replaced by {connection.address}"
             displaced.end("replaced", text, Error(text))
         connection.identity = identity
+        connection.link.path_changed = self._note_path
+        self._note_path()
         self._trouble = None
         attested = {"attested": connection.evidence} if connection.evidence else {}
         self._log("connected", connection.link.speech, connection, peer=describe(peer), **attested)
@@ -369,6 +393,7 @@ class Leg:
             self._changed_s = trio.current_time()
             self._told_drops.clear()
         self._place.leave(connection)
+        self._note_path()
 
     def _forget(self, connection: Connection) -> None:
         self._vacate(connection)
