@@ -18,7 +18,7 @@ from enlink.control import Close, Hello
 from enlink.errors import leaves
 from enlink.frame import Packets, Wire, encode_packets
 from enlink.link import Link, LinkEnded, PeerFault, describe
-from enlink.program import log_event
+from enlink.program import RateLimitedLog, log_event
 from enlink.status import Counters
 from enlink.stream import Dialer
 from enlink.supervise import Backoff
@@ -68,6 +68,7 @@ class Uplink:
         wire: ``original`` for a gateway that knows no control messages.
         attested: makes an attested link of a plain one; without it, it stays plain.
         is_once: the first failure is the end, instead of another attempt.
+        changed: called when `path_is_open` may have changed. It must neither block nor raise.
 
     Attributes:
         has_been_up: set when the gateway has answered for the first time.
@@ -83,6 +84,7 @@ class Uplink:
         wire: Wire = "auto",
         is_once: bool = False,
         attested: AttestedSide | None = None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._dialer = dialer
         self._hello = hello
@@ -92,6 +94,8 @@ class Uplink:
         self._wire = wire
         self._is_once = is_once
         self._attested = attested
+        self._changed = changed
+        self._limited = RateLimitedLog(_logger, trio.current_time)
         self._evidence: str | None = None
         self._queue = PacketQueue()
         self._link: Link | None = None
@@ -105,6 +109,11 @@ class Uplink:
         """There is a link, and the gateway has answered its greeting."""
         return self._link is not None
 
+    @property
+    def path_is_open(self) -> bool:
+        """There is a link, and the gateway has not said that the path beyond it is closed."""
+        return self._link is not None and self._link.path_is_open
+
     def snapshot(self) -> Mapping[str, object]:
         """Describe the uplink for ``status``."""
         link = self._link
@@ -112,6 +121,7 @@ class Uplink:
             "up": link is not None,
             "gateway": str(self._dialer.endpoint),
             "peer": describe(link.peer) if link else None,
+            "path": "open" if self.path_is_open else "closed",
             **self._attestation(),
             "for_s": round(trio.current_time() - self._changed_s, 3),
             "last_error": self._last_error,
@@ -180,6 +190,7 @@ class Uplink:
             stream, self._evidence = attested.stream, attested.evidence
             age_limit_s = self._attested.max_link_age_s
         link = Link(stream, self._hello, lambda reason: self._counters.add("dropped", reason))
+        link.path_changed = self._note_path
         farewell: Close | None = None
         try:
             async with trio.open_nursery() as nursery:
@@ -212,6 +223,14 @@ class Uplink:
                 self._set_link(None)
             await link.aclose(farewell)
 
+    def _note_path(self) -> None:
+        gateway = self._dialer.endpoint
+        if self.path_is_open:
+            self._limited.log("path_open", "gateway_says", logging.INFO, gateway=gateway)
+        else:
+            self._limited.log("path_closed", "gateway_says", gateway=gateway)
+        self._changed()
+
     def _take(self, packets: Packets) -> bool:
         self._deliver(packets)
         return True
@@ -231,6 +250,7 @@ class Uplink:
     def _set_link(self, link: Link | None) -> None:
         self._link = link
         self._changed_s = trio.current_time()
+        self._changed()
 
     def _count_dropped(self, reason: str, count: int) -> None:
         if count:
