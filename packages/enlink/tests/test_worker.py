@@ -118,7 +118,7 @@ async def test_a_worker_has_its_share_and_reports_until_it_ends_with_a_code_of_i
         share = {"ends_at": ["e", "!"], "name": "one", "exit_code": 3}
         assert worker.reports == [{"share": share, "heard": [], "is_told": False}]
         assert is_there(worker.pid)
-        assert worker.pid != os.getpid()
+        assert os.getsid(worker.pid) == worker.pid, "signals of this terminal are not for it"
         worker.process.tell(END_IN_GOOD_ORDER)
     assert codes == [3]
     assert worker.process.pid is None
@@ -188,12 +188,14 @@ async def test_a_signal_asks_a_worker_for_an_end_in_good_order_however_often_and
 
 @pytest.mark.usefixtures("program", "no_descriptor_stays_open")
 @in_trio
-async def test_a_worker_that_a_signal_has_killed_tells_which() -> None:
+async def test_a_worker_that_a_signal_has_killed_tells_which_also_where_it_was_told_something() -> None:
     worker = Hearing()
     async with trio.open_nursery() as nursery:
 
         async def kill() -> None:
             await worker.wait_until_heard()
+            os.kill(worker.pid, signal.SIGSTOP)
+            worker.process.tell(END_IN_GOOD_ORDER)
             os.kill(worker.pid, signal.SIGKILL)
 
         nursery.start_soon(kill)
@@ -202,14 +204,18 @@ async def test_a_worker_that_a_signal_has_killed_tells_which() -> None:
 
 @pytest.mark.usefixtures("program", "no_descriptor_stays_open")
 @in_trio
-async def test_cancellation_ends_the_worker_at_once_and_leaves_nothing() -> None:
-    worker = Hearing()
+async def test_cancellation_lets_the_worker_end_by_itself_at_once_and_leaves_nothing() -> None:
+    reading, writing = os.pipe()
+    worker = Hearing(ends_at="!", stdout=writing, descriptors=(writing,))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(worker.process.run)
         await worker.wait_until_heard()
         nursery.cancel_scope.cancel()
     assert not is_there(worker.pid)
     assert worker.process.pid is None
+    os.close(writing)
+    assert os.read(reading, 100) == b"ended\n"
+    os.close(reading)
 
 
 @pytest.mark.parametrize("is_stopped", [False, True], ids=["deaf", "stopped"])
@@ -266,6 +272,23 @@ def test_a_worker_whose_first_process_is_killed_hears_of_it_and_ends(program: Pa
     assert rest == b"ended\n"
 
 
+@pytest.mark.usefixtures("no_descriptor_stays_open")
+@in_trio
+async def test_of_reports_that_come_together_the_newest_whole_one_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "hasty.py"
+    program.write_text(f"""
+import json, os
+share = json.loads(os.pread(int(os.environ["{VARIABLE}"]), 1000, 0))
+os.write(share["control"], b'{{"count": 1}}\\n{{"count": 2}}\\n{{"count"')
+""")
+    monkeypatch.setattr(sys, "orig_argv", ["python", str(program)])
+    worker = Hearing()
+    assert await worker.process.run() == 0
+    assert worker.reports == [{"count": 2}]
+
+
 # What is reported, and when.
 
 
@@ -293,7 +316,7 @@ def test_what_is_new_is_reported_within_half_a_second_or_at_once_where_asked_for
     async def main(assignment: Assignment, near: socket.socket) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(assignment.serve, lambda: document, wishes.append)
-            await trio.sleep(60)
+            await trio.sleep(60.1)
             assert reports_of(near) == [{"count": 0}]
             document["count"] = 1
             assignment.report_now()
@@ -465,6 +488,17 @@ def assignment_of(text: str) -> Assignment | None:
 
 def test_a_process_is_no_worker_unless_it_is_told_so() -> None:
     assert own_assignment(VARIABLE) is None
+
+
+@pytest.mark.usefixtures("no_descriptor_stays_open")
+def test_an_assignment_has_its_share_and_leaves_no_file_open() -> None:
+    with tempfile.TemporaryFile("w") as file, socket.socket() as control:
+        json.dump({"control": control.fileno(), "name": "one", "many": [[1], []]}, file)
+        file.flush()
+        assignment = assignment_of(str(os.dup(file.fileno())))
+        assert assignment is not None
+        assert assignment.share == {"name": "one", "many": [[1], []]}
+        control.getsockname()  # raises if it is closed: it is for `serve` to take
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "1000000000", "9" * 20, "9" * 5000])

@@ -88,14 +88,14 @@ class WorkerProcess:
         """
         near, far = socket.socketpair()
         with near:
-            near.setblocking(False)
+            control = trio.SocketStream(trio.socket.from_stdlib_socket(near))
             self._control = near
             self.tell(self._untold)
             with far:
                 process = await self._start(far.fileno())
             self.pid = process.pid
             try:
-                await self._listen(trio.SocketStream(trio.socket.from_stdlib_socket(near)))
+                await self._listen(control)
                 return await process.wait()
             finally:
                 if process.returncode is None:
