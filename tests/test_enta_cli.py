@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from typing import Any
 
 import pytest
 from enlink.testing.hosts import Host, Network
@@ -114,6 +115,9 @@ WRONG_USE = [
     (64, "client --capture 7 --entg-connect host:65536", "65536"),
     (64, "client --capture 7 --entg-connect vsock://3:1", "vsock://"),
     (64, "client --capture 7 --entg-connect ::1:6980", "brackets"),
+    (64, "client --capture 7 --entg-connect a:1 --entg-connect a:1", "tcp://a:1 is there twice"),
+    (64, "client --capture 7 --entg-connect a:1 --entg-connect a:2 --once", "--once"),
+    (64, "doctor --capture 7 --entg-connect a:1 --entg-connect a:1", "tcp://a:1 is there twice"),
     # attested links
     (78, "client --capture 7 --entg-rats-tls", "--policy FILE"),
     (78, "client --capture 7 --mutual", "--mutual"),
@@ -214,19 +218,19 @@ def _dry_run(path: Path, place: Place) -> dict[str, str]:
     return dict(re.findall(r"^# (.+)\n((?:(?!# ).*\n)+)", printed, re.MULTILINE))
 
 
-@pytest.mark.parametrize("firewall", ["nftables", "iptables"])
-def test_what_a_dry_run_prints_gives_by_hand_what_the_agent_gives(firewall: str) -> None:
+@pytest.mark.parametrize(("firewall", "lanes"), [("nftables", 1), ("iptables", 1), ("nftables", 2)])
+def test_what_a_dry_run_prints_gives_by_hand_what_the_agent_gives(firewall: str, lanes: int) -> None:
     """Rule by rule and route by route, on the hosts of client and server."""
     options = ("--firewall", firewall)
-    with Path(
-        capture=["7", "udp/53", "10.1.0.0/16:80"], replay=["7", "udp/53"], client=options, server=options
-    ) as path:
+    ports: dict[str, Any] = {"capture": ["7", "udp/53", "10.1.0.0/16:80"], "replay": ["7", "udp/53"]}
+    with Path(**ports, client=options, server=options, lanes=lanes) as path:
         path.start()
         for place in ("app", "server"):
             host, agent = path.hosts[place], path.programs[place]
             by_agent = network_state(host)
             parts = _dry_run(path, place)
             commands = parts.pop("ip commands")
+            assert ("multi_queue" in commands) == (lanes > 1)
             assert agent.stop() == 0
             with host.entered():
                 nft = Nft()
@@ -243,6 +247,15 @@ def _comparable(state: list[str]) -> list[str]:
     """Leave out what differs by nature: a device made by hand has nobody who reads it, and an owner has a name."""
     lines = (re.sub(r" linkdown| # progname .*", "", line) for line in state)
     return sorted(line for line in lines if not line.startswith("eng0: <"))
+
+
+def test_who_is_no_worker_of_an_agent_cannot_be_made_one(host: Host) -> None:
+    before = network_state(host)
+    for text in ("nonsense", "0", "999"):
+        code, out, lines = _run(host, ENTA, *CLIENT, environment={"ENG_ENTA_LANE": text})
+        assert (code, out, len(lines)) == (78, "", 1)
+        assert f"ENG_ENTA_LANE={text!r}" in lines[0]
+    assert network_state(host) == before
 
 
 # ---- options that work

@@ -488,7 +488,10 @@ LAST_WORDS = [
     ("flood", framed(b"\0\xff") * 2000),
     ("flood", (ARP * 63 + framed(b"\0\3")) * 100),
     ("bad_control", HELLO),
+    ("flood", (framed(b"\0\6\0") + framed(b"\0\6\1")) * 1000),
     ("bad_control", framed(b"\0\1")),
+    ("bad_control", framed(b"\0\6")),
+    ("bad_control", framed(b"\0\6\2")),
     ("closed", framed(b"\0\4enough")),
     ("refused", framed(b"\0\5go away")),
 ]
@@ -503,6 +506,27 @@ def test_bytes_that_end_a_link_end_nothing_else_and_are_counted(rig: Rig, role: 
             link.say(words)
         rig.wait_for_end(role, link, reason, before)
     rig.deliver_good(role, "good")
+
+
+@pytest.mark.proves("D22", "D24")
+def test_news_of_the_path_changes_what_status_says_and_stops_no_packet(rig: Rig, role: Role) -> None:
+    """However often it comes, too; and a new link begins anew."""
+    link, agent = rig.link(role), rig.agents[role]
+    told_before = len(agent.events("path_closed")) + len(agent.events("path_open"))
+    for _ in range(200):
+        link.say(framed(b"\0\6\0") + framed(b"\0\6\1and more"))
+    link.say(framed(b"\0\6\0"))
+    agent.wait_until(lambda: agent.status()["uplink"]["path"] == "closed", "told that the path is closed")
+    rig.deliver_good(role, "good")
+    assert agent.status()["uplink"]["up"] is True
+    link.say(framed(b"\0\6\1"))
+    agent.wait_until(lambda: agent.status()["uplink"]["path"] == "open", "told that the path is open")
+    link.say(framed(b"\0\6\0"))
+    link.close()
+    agent.wait_until(lambda: link.has_ended, "hung up")
+    rig.deliver_good(role, "good")
+    assert agent.status()["uplink"]["path"] == "open"
+    assert len(agent.events("path_closed")) + len(agent.events("path_open")) - told_before < 20
 
 
 @pytest.mark.proves("D10", "F18", "F25", "F34", "F35", "G18")

@@ -196,6 +196,40 @@ def test_raw_agents_at_both_ends_of_two_gateways_hear_the_packets_and_nothing_el
             assert (client.recv(1), server.recv(1)) == (b"", b"")
 
 
+# Who is at the other end.
+
+
+@pytest.mark.proves("F09")
+def test_an_agent_knows_that_the_other_is_gone_or_back_where_all_between_speak_eng() -> None:
+    """Its own link stays all the while. Behind an original gateway, a path that cannot be known of is taken as open."""
+    with Path() as path:
+        path.start()
+        app, server = path.programs["app"], path.programs["server"]
+        until(lambda: app.status()["uplink"]["path"] == "open", "open from end to end")
+        for _ in range(2):
+            server.stop()
+            until(lambda: app.status()["uplink"]["path"] == "closed", "told that the other agent is gone")
+            path.start("server")
+            until(lambda: app.status()["uplink"]["path"] == "open", "told that the other agent is back")
+        path.programs["far"].stop()
+        until(lambda: app.status()["uplink"]["path"] == "closed", "told that the other gateway is gone")
+        log = app.log()
+        assert " path_closed " in log
+        assert " path_open " in log
+        assert log.count(" uplink_up ") == 1
+        assert " uplink_down " not in log
+
+        path.programs["far"].argv += ORIGINAL
+        path.programs["near"].stop()
+        path.programs["near"].argv += ORIGINAL
+        app.stop()
+        app.argv += ORIGINAL
+        path.start("far", "near", "app")
+        near = path.programs["near"]
+        until(lambda: {leg["path"] for leg in near.status()["legs"].values()} == {"open"}, "linked both ways")
+        assert app.status()["uplink"]["path"] == "open"
+
+
 # Who may be original.
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
 import signal
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path as FilePath
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import pytest
 from enlink.link import SILENCE_LIMIT_S
@@ -21,72 +17,11 @@ from enlink.stream import ACKNOWLEDGE_DEADLINE_S
 from enlink.testing.gateways import HELLO, AgentSide, Between, split_frames
 from enlink.testing.hosts import Host
 from enlink.testing.programs import Program, started
+from enlink.testing.transfer import MIB, NOWHERE, Transfer, until
 from enta.uplink import QUEUE_LIMIT_BYTES
 from path import BIN, GATEWAY_OF_APP, Path
 
-FAR_BEYOND_S = 40.0
-MIB = 1 << 20
-NOWHERE = "1.1.1.1"
 TUN_QUEUE = 2000  # packets, the device's txqueuelen
-
-
-def until(condition: Callable[[], object], what: str) -> float:
-    """Poll until *condition* holds and return how long that took, in seconds."""
-    began_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began_s < FAR_BEYOND_S, f"never {what}"
-        time.sleep(0.01)
-    return time.monotonic() - began_s
-
-
-class Transfer:
-    """An ordinary program that sends to an echo server without end, until the block ends; then all must have come back.
-
-    Its one connection is the promise: nothing of it may be lost, doubled or changed, whatever happens meanwhile.
-    """
-
-    def __init__(self, host: Host) -> None:
-        with host.entered():
-            self._connection = socket.create_connection((NOWHERE, 7), FAR_BEYOND_S)
-        self._connection.settimeout(FAR_BEYOND_S)
-        self._sent, self._received = hashlib.sha256(), hashlib.sha256()
-        self._is_enough = threading.Event()
-        self.received_bytes = 0
-        self._threads = [threading.Thread(target=self._send), threading.Thread(target=self._receive)]
-
-    def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
-        until(lambda: self.received_bytes > MIB, "under way")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._is_enough.set()
-        for thread in self._threads:
-            thread.join(FAR_BEYOND_S)
-        self._connection.close()
-        if error is None:
-            assert self._received.digest() == self._sent.digest()
-
-    def goes_on(self) -> None:
-        """Wait until another mebibyte has come back."""
-        received_bytes = self.received_bytes
-        until(lambda: self.received_bytes - received_bytes > MIB, "went on")
-
-    def _send(self) -> None:
-        rng = random.Random(1)
-        while not self._is_enough.wait(0.01):
-            piece = rng.randbytes(1 << 16)
-            self._connection.sendall(piece)
-            self._sent.update(piece)
-        self._connection.shutdown(socket.SHUT_WR)
-
-    def _receive(self) -> None:
-        while piece := self._connection.recv(1 << 18):
-            self._received.update(piece)
-            self.received_bytes += len(piece)
 
 
 @pytest.fixture

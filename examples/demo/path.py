@@ -8,7 +8,8 @@
                                           10.81.3.1  ──────  10.81.3.2
     enta client           entg                 entg                 enta server
 
-The demo, the tests and the benchmarks walk it. No host routes for another: what crosses did so through the programs.
+With several lanes there are as many programs entg on near, and on far. The demo, the tests and the benchmarks walk it.
+No host routes for another: what crosses did so through the programs.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ class Path:
     Args:
         ports: the options of the client's agent that say what it captures, and of the server's what it replays.
         client, server, near, far: more options for each program.
+        lanes: how many pairs of gateways there are between the two agents. The n-th pair's ports are 2 (n - 1) higher.
         environment: what the four programs find there, besides what we do.
     """
 
@@ -128,17 +130,18 @@ class Path:
         server: Sequence[str] = (),
         near: Sequence[str] = (),
         far: Sequence[str] = (),
+        lanes: int = 1,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._environment = environment
         self._stack = ExitStack()
+        higher = range(0, 2 * lanes, 2)
         self._argv: dict[Place, list[str]] = {
             "app": [
                 "enta",
                 "client",
                 *_each("--capture", capture),
-                "--entg-connect",
-                f"{GATEWAY_OF_APP}:6980",
+                *_each("--entg-connect", [f"{GATEWAY_OF_APP}:{6980 + more}" for more in higher]),
                 *client,
             ],
             "near": ["entg", "--entg-connect", f"{PEER_GATEWAY}:6979", *near],
@@ -147,13 +150,18 @@ class Path:
                 "enta",
                 "server",
                 *_each("--replay", replay),
-                "--entg-connect",
-                f"{GATEWAY_OF_SERVER}:6980",
+                *_each("--entg-connect", [f"{GATEWAY_OF_SERVER}:{6980 + more}" for more in higher]),
                 *server,
             ],
         }
+        self._further: list[tuple[Place, list[str]]] = []
+        for more in higher[1:]:
+            ours, peers = ["--enta-listen", str(6980 + more)], str(6979 + more)
+            self._further.append(("near", ["entg", *ours, "--entg-connect", f"{PEER_GATEWAY}:{peers}", *near]))
+            self._further.append(("far", ["entg", *ours, "--entg-listen", peers, *far]))
         self.hosts: dict[Place, Host] = {}
         self.programs: dict[Place, Program] = {}
+        self.further_gateways: list[Program] = []  # pairs of near and far
         self.outer_device = ""
 
     def __enter__(self) -> Self:
@@ -173,6 +181,9 @@ class Path:
                 log = self.directory / f"{place}-{self._argv[place][0]}.log"
                 self.programs[place] = Program(self.hosts[place], self._argv[place], log, self._environment)
                 stack.callback(self.programs[place].end)
+            for number, (place, argv) in enumerate(self._further):
+                self.further_gateways.append(self.program(place, argv, f"{place}-entg-{number}", self._environment))
+                stack.callback(self.further_gateways[-1].end)
             self._stack = stack.pop_all()
         return self
 
@@ -181,9 +192,11 @@ class Path:
     ) -> None:
         self._stack.close()
 
-    def program(self, place: Place, argv: Sequence[str], name: str) -> Program:
+    def program(
+        self, place: Place, argv: Sequence[str], name: str, environment: Mapping[str, str] | None = None
+    ) -> Program:
         """Prepare another program on a host; `running` starts it."""
-        return Program(self.hosts[place], argv, self.directory / f"{name}.log")
+        return Program(self.hosts[place], argv, self.directory / f"{name}.log", environment)
 
     @contextmanager
     def running(self, place: Place, *argv: str, ready: str | None = "ready") -> Iterator[Program]:
@@ -198,11 +211,12 @@ class Path:
             program.end()
 
     def start(self, *places: Place) -> None:
-        """Start programs, all four if none is named, and wait until they are ready."""
-        for place in places or PLACES:
-            self.programs[place].start()
-        for place in places or PLACES:
-            self.programs[place].wait_for("ready")
+        """Start programs, all of them if none is named, and wait until they are ready."""
+        chosen = [self.programs[place] for place in places] or [*self.further_gateways, *self.programs.values()]
+        for program in chosen:
+            program.start()
+        for program in chosen:
+            program.wait_for("ready")
 
 
 def _each(option: str, values: Sequence[str]) -> list[str]:

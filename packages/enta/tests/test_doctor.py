@@ -47,8 +47,8 @@ from enta.doctor import examine
 from ipaddress import IPv4Address, IPv4Interface
 
 plan = Plan("client", IPv4Interface("192.168.0.1/24"), IPv4Address("192.168.0.254"), parse_captures(["7"]))
-gateway = Tcp(sys.argv[1], 6980) if sys.argv[1:] else None
-json.dump([dataclasses.asdict(finding) for finding in examine(plan, gateway)], sys.stdout)
+gateways = [Tcp(name, 6980) for name in sys.argv[1:]]
+json.dump([dataclasses.asdict(finding) for finding in examine(plan, gateways)], sys.stdout)
 """
 
 WITH_NOTHING_BUT_THE_PRIVILEGE = as_nobody("net_admin")
@@ -97,9 +97,9 @@ def unchanged(host: Host) -> Iterator[None]:
     assert state(host) == before
 
 
-def examined(host: Host, plan: Plan | None = CLIENT, gateway: Tcp | None = None) -> list[Finding]:
+def examined(host: Host, plan: Plan | None = CLIENT, *gateways: Tcp) -> list[Finding]:
     with unchanged(host), host.entered():
-        return examine(plan, gateway)
+        return examine(plan, gateways)
 
 
 def examined_in_child(host: Host, *wrapper: str, gateway: str | None = None) -> list[Finding]:
@@ -274,11 +274,11 @@ def test_a_missing_privilege_is_the_worst(host: Host) -> None:
 
 def test_who_may_do_nothing_hears_of_the_privilege_first(host: Host) -> None:
     with unchanged(host), host.entered():
-        examine(CLIENT, Tcp("127.0.0.1", 6980))  # imports what it needs while this process may read where Python is
+        examine(CLIENT, [Tcp("127.0.0.1", 6980)])  # imports what it needs while this process may read where Python is
         os.setegid(65534)
         os.seteuid(65534)  # takes the effective capabilities along
         try:
-            findings = examine(CLIENT, Tcp("127.0.0.1", 6980))
+            findings = examine(CLIENT, [Tcp("127.0.0.1", 6980)])
         finally:
             os.seteuid(0)
             os.setegid(0)
@@ -517,13 +517,13 @@ def test_any_address_is_read_as_the_kernel_writes_it(address: IPv4Address | IPv6
 
 def test_a_gateway_that_listens_answers(host: Host) -> None:
     with server(host, "tcp", "127.0.0.1", 6980):
-        assert told(examined(host, gateway=Tcp("127.0.0.1", 6980)), "gateway") == [
+        assert told(examined(host, CLIENT, Tcp("127.0.0.1", 6980)), "gateway") == [
             ("ok", "tcp://127.0.0.1:6980 answers")
         ]
 
 
 def test_a_gateway_that_does_not_listen_yet_is_a_warning(host: Host) -> None:
-    findings = examined(host, gateway=Tcp("127.0.0.1", 6980))
+    findings = examined(host, CLIENT, Tcp("127.0.0.1", 6980))
     ((level, text),) = told(findings, "gateway")
     assert (level, "Connection refused" in text, "start entg" in text) == ("warn", True, True)
     assert worst(findings) is None
@@ -535,7 +535,7 @@ def test_a_gateway_that_is_silent_holds_doctor_up_for_two_seconds(network: Netwo
     network.connect(host, "10.0.0.2/24", far, "10.0.0.9/24")
     far.run("nft", "-f", "-", input="table ip t { chain c { type filter hook input priority 0; policy drop; }\n}")
     began_s = time.monotonic()
-    findings = examined(host, gateway=Tcp("10.0.0.9", 6980))
+    findings = examined(host, CLIENT, Tcp("10.0.0.9", 6980))
     assert told(findings, "gateway") == [
         ("warn", "no answer from tcp://10.0.0.9:6980 within 2 s: start entg there, or see what is between")
     ]

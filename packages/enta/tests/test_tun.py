@@ -59,10 +59,10 @@ def host() -> Iterator[Host]:
 
 
 @contextmanager
-def opened_tun(host: Host) -> Iterator[Tun]:
+def opened_tun(host: Host, *, has_queues: bool = False) -> Iterator[Tun]:
     """A device that carries packets, as capture.routing will make it."""
     with host.entered():
-        tun = open_tun(NAME)
+        tun = open_tun(NAME, has_queues=has_queues)
     with tun:
         host.run("ip", "address", "add", f"{OURS}/24", "dev", NAME)
         host.run("ip", "link", "set", NAME, "mtu", "65535", "up")
@@ -451,6 +451,111 @@ def test_any_other_failure_of_a_read_is_the_systems() -> None:
 
     with Tun(os.open("/", os.O_RDONLY), NAME) as tun:
         run(main)
+
+
+# Several queues.
+
+
+@contextmanager
+def two_queues(host: Host) -> Iterator[list[Tun]]:
+    with opened_tun(host, has_queues=True) as first:
+        with host.entered():
+            second = first.open_queue()
+        with second:
+            yield [first, second]
+
+
+async def came_out(queues: list[Tun], data: bytes) -> Tun:
+    """The queue in which the datagram with this content is; nothing else may be in any."""
+    found: list[tuple[Tun, bytes]] = []
+
+    async def read_one(queue: Tun) -> None:
+        found.extend((queue, payload(packet)) for packet in await read(queue))
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for queue in queues:
+            nursery.start_soon(read_one, queue)
+    ((queue, found_data),) = found
+    assert found_data == data
+    return queue
+
+
+def test_a_flow_comes_out_of_the_queue_through_which_it_came_in(host: Host) -> None:
+    async def main() -> None:
+        for queue in (*queues, *reversed(queues)):
+            assert queue.write_packet(from_peer(b"in")) is None
+            assert program_socket.recv(100) == b"in"
+            program_socket.sendto(b"out", (PEER, PORT))
+            assert await came_out(queues, b"out") is queue
+
+    with two_queues(host) as queues, program(host) as program_socket:
+        run(main)
+
+
+def test_flows_are_spread_over_the_queues_and_each_stays_in_one(host: Host) -> None:
+    async def main() -> None:
+        used = set()
+        for port in range(PORT, PORT + 64):
+            program_socket.sendto(b"first", (PEER, port))
+            queue = await came_out(queues, b"first")
+            program_socket.sendto(b"second", (PEER, port))
+            assert await came_out(queues, b"second") is queue
+            used.add(queue)
+        assert used == set(queues)
+
+    with two_queues(host) as queues, program(host) as program_socket:
+        run(main)
+
+
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_a_queue_that_is_left_out_gets_nothing_until_it_is_back(host: Host, left_out: int) -> None:
+    async def main() -> None:
+        resting, working = queues[left_out], queues[1 - left_out]
+        assert resting.write_packet(from_peer(b"in")) is None  # the flow is this queue's
+        resting.detach()
+        assert (resting.is_attached, working.is_attached) == (False, True)
+        for port in range(PORT, PORT + 64):
+            program_socket.sendto(b"out", (PEER, port))
+            assert await came_out(queues, b"out") is working
+        assert program_socket.recv(100) == b"in"
+        # It may still deliver what is under way, and be gone and come back as often as it likes.
+        assert resting.write_packet(from_peer(b"late")) is None
+        assert program_socket.recv(100) == b"late"
+        for _ in range(3):
+            resting.attach()
+            resting.detach()
+        resting.attach()
+        assert resting.is_attached
+        assert resting.write_packet(from_peer(b"in")) is None
+        program_socket.sendto(b"out", (PEER, PORT))
+        assert await came_out(queues, b"out") is resting
+
+    with two_queues(host) as queues, program(host) as program_socket:
+        run(main)
+
+
+def test_the_device_stays_as_long_as_one_of_its_queues(host: Host) -> None:
+    with two_queues(host) as (first, second):
+        first.close()
+        assert NAME in host.run("ip", "-brief", "link")
+        second.close()
+        assert NAME not in host.run("ip", "-brief", "link")
+
+
+def test_queues_of_a_device_that_was_deleted_are_gone(host: Host) -> None:
+    with two_queues(host) as queues:
+        host.run("ip", "link", "delete", NAME)
+        for attempt in (queues[0].detach, queues[1].attach):
+            with pytest.raises(TunGone, match="eng0 was deleted by another program"):
+                attempt()
+
+
+def test_a_device_that_was_not_made_for_several_queues_has_one(host: Host) -> None:
+    before = descriptors()
+    with opened_tun(host) as tun, host.entered(), pytest.raises(CannotCreate, match="EINVAL"):
+        tun.open_queue()
+    assert descriptors() == before
 
 
 # Making one.

@@ -39,12 +39,16 @@ class Dialer:
 
     Args:
         mark: SO_MARK for the connections, so that the host's rules can tell them from captured traffic.
+        addresses: good ones that are known already.
+
+    Attributes:
+        addresses: the last good answer of the name service.
     """
 
-    def __init__(self, endpoint: Tcp, *, mark: int | None = None) -> None:
+    def __init__(self, endpoint: Tcp, *, mark: int | None = None, addresses: Sequence[str] = ()) -> None:
         self.endpoint = endpoint
+        self.addresses = list(addresses)
         self._mark = mark
-        self._addresses: list[str] = []
         # getaddrinfo cannot be interrupted, only abandoned: the token comes back when its thread really ends.
         self._resolver_threads = trio.CapacityLimiter(1)
 
@@ -57,10 +61,10 @@ class Dialer:
         failure = Unreachable(f"cannot resolve {self.endpoint.host}: no answer within {RESOLVE_DEADLINE_S:.0f} s")
         with trio.move_on_after(RESOLVE_DEADLINE_S):
             try:
-                self._addresses = await resolve(self.endpoint, limiter=self._resolver_threads)
+                self.addresses = await resolve(self.endpoint, limiter=self._resolver_threads)
             except Unreachable as error:
                 failure = error
-        if not self._addresses:
+        if not self.addresses:
             raise failure
 
     async def dial(self) -> trio.SocketStream:
@@ -70,10 +74,10 @@ class Dialer:
             Unreachable: none answered; the text has the last address's reason.
             NotPermitted: the mark needs CAP_NET_ADMIN.
         """
-        if not self._addresses:
+        if not self.addresses:
             await self.resolve()
             return await self._connect_any()
-        tried = self._addresses
+        tried = self.addresses
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._refresh)
             try:
@@ -85,7 +89,7 @@ class Dialer:
                 # Nobody has the stream yet who could close it, should the caller be cancelled at this moment.
                 nursery.cancel_scope.shield = True
                 return stream
-        if isinstance(failure, Unreachable) and self._addresses != tried:
+        if isinstance(failure, Unreachable) and self.addresses != tried:
             return await self._connect_any()
         raise failure
 
@@ -96,7 +100,7 @@ class Dialer:
 
     async def _connect_any(self) -> trio.SocketStream:
         failure = Unreachable(f"cannot connect to {self.endpoint.host}: it has no address")
-        for address in self._addresses:
+        for address in self.addresses:
             try:
                 made = await connect_tcp(address, self.endpoint.port, DIAL_DEADLINE_S, mark=self._mark)
             except Unreachable as error:

@@ -1,4 +1,4 @@
-"""Bring an agent up and down in the order that keeps captured traffic inside the tunnel, and move its packets.
+"""Bring an agent up and down in the order that keeps captured traffic inside the tunnel. What moves it is in lane.py.
 
 Up: guard, TUN, first uplink, capture rules; down in reverse. The order is the promise: traffic is never captured while
 nothing can carry it, and never leaves bare while it should be captured.
@@ -11,28 +11,20 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, Protocol, TypeVar
 
 import trio
-from enlink.attested import AttestedSide
 from enlink.connection import Unreachable
-from enlink.control import Hello, Role
 from enlink.errors import EngError, leaves
-from enlink.frame import Packets
 from enlink.link import LinkEnded
 from enlink.program import RateLimitedLog, announce_ready, log_event
-from enlink.pump import current_pump
-from enlink.status import Counters
-from enlink.stream import Dialer
 from enlink.supervise import Stopping
 
 from enta.capture.firewall import Firewall
 from enta.capture.routing import Routing
 from enta.capture.watch import host_changes
 from enta.config import AgentConfig
-from enta.filter import PacketFilter, trimmed
 from enta.tun import Tun, TunGone, open_tun
-from enta.uplink import Uplink
 
 T = TypeVar("T")
 
@@ -44,46 +36,45 @@ CHECK_INTERVAL_S: Final = {"nftables": 10.0, "iptables": 0.5}
 _logger = logging.getLogger(__name__)
 
 
+class Carriage(Protocol):
+    """What moves an agent's packets between its device and its gateways: see lane.py and lanes.py."""
+
+    async def resolve(self) -> None:
+        """Learn the gateways' addresses, before anything on this host is changed."""
+
+    async def carry(self, tun: Tun) -> NoReturn:
+        """Carry packets until cancelled. *tun* was made for as many queues as there are gateways."""
+
+    async def wait_until_up(self) -> None:
+        """Wait until a gateway has answered for the first time."""
+
+    def capture(self) -> None:
+        """Take note that the rules are in place, and what gateways send may be delivered."""
+
+    def snapshot(self) -> Mapping[str, Any]:
+        """Describe what is carried for ``status``: with ``counters``, at least."""
+
+
 class Agent:
     """One agent on this host.
 
     Args:
         firewall: where the rules go; made for the same plan.
-        attested: makes the attested link that the configuration asks for.
+        carriage: what moves the packets; made for the same configuration.
         is_held_closed: a dead run left its guard, which must not open before this one works.
     """
 
     def __init__(
-        self,
-        config: AgentConfig,
-        firewall: Firewall,
-        *,
-        is_held_closed: bool = False,
-        attested: AttestedSide | None = None,
+        self, config: AgentConfig, firewall: Firewall, carriage: Carriage, *, is_held_closed: bool = False
     ) -> None:
-        plan = config.plan
         self._config = config
         self._firewall = firewall
+        self._carriage = carriage
         self._is_held_closed = is_held_closed
-        self._routing = Routing(plan)
-        self._filter = PacketFilter(plan)
-        self._counters = Counters()
-        self._delivered = self._counters.group("from_gateway")
-        self._dropped = self._counters.group("dropped")
-        self._dialer = Dialer(config.gateway, mark=plan.mark)
-        role = Role.SERVER_AGENT if plan.role == "server" else Role.CLIENT_AGENT
-        self._uplink = Uplink(
-            self._dialer,
-            Hello(role, plan.instance, (plan.address,), plan.mtu),
-            self._inject,
-            self._counters,
-            wire=config.wire,
-            is_once=config.is_once,
-            attested=attested,
-        )
-        self._attested = attested
+        self._routing = Routing(config.plan)
         self._tun: Tun | None = None
         self._is_capturing = False
+        self._restored = 0
         self._started_s = trio.current_time()
         # One change at a time; and one that had to be abandoned still ends before the next begins.
         self._host_changes = trio.CapacityLimiter(1)
@@ -92,6 +83,8 @@ class Agent:
     def snapshot(self) -> Mapping[str, object]:
         """Describe the agent for ``status``."""
         plan = self._config.plan
+        carried = self._carriage.snapshot()
+        restored = {"restored": {"removed_by_others": self._restored}} if self._restored else {}
         return {
             "program": "enta",
             "role": plan.role,
@@ -109,9 +102,8 @@ class Agent:
                 "mtu": plan.mtu,
                 "queue_dropped": self._queue_dropped(),
             },
-            "uplink": self._uplink.snapshot(),
-            "spin": current_pump().spin_counts(),
-            "counters": self._counters.snapshot(),
+            **carried,
+            "counters": {**carried["counters"], **restored},
         }
 
     async def run(self, stopping: Stopping) -> None:
@@ -123,16 +115,16 @@ class Agent:
         Raises:
             EngError: see the exit codes; among them SystemFailure when the TUN is taken away.
         """
-        current_pump().spin(self._config.spin_s)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._cancel_when_told, stopping, nursery.cancel_scope)
-            await self._resolve_gateway()
+            await self._carriage.resolve()
             await self._on_host(self._routing.refuse_conflicts)
             async with self._undone(self._firewall.delete_guard):
                 await self._on_host(self._firewall.add_guard)
                 for line in await self._on_host(self._routing.purge_leftovers):
                     log_event(_logger, "leftover_removed", what=line)
-                with open_tun(self._config.plan.tun_name) as tun:
+                several = len(self._config.gateways) > 1
+                with open_tun(self._config.plan.tun_name, has_queues=several) as tun:
                     self._tun = tun
                     await self._on_host(self._routing.bring_up_tun)
                     async with self._undone(self._routing.delete_rules, self._firewall.delete_capture):
@@ -142,27 +134,17 @@ class Agent:
         await stopping.wait()
         scope.cancel()
 
-    async def _resolve_gateway(self) -> None:
-        """Learn the gateway's address before the guard goes up, which may well block the way to the name server."""
-        try:
-            await self._dialer.resolve()
-        except Unreachable as error:
-            if self._config.is_once:
-                raise
-            log_event(_logger, "gateway_unknown", logging.WARNING, error=error)
-
     async def _carry(self, tun: Tun) -> NoReturn:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._uplink.run)
-            if self._attested is not None:
-                nursery.start_soon(self._attested.warn_for_ever)
-            nursery.start_soon(self._pump, tun)
+            nursery.start_soon(self._carriage.carry, tun)
             nursery.start_soon(self._restore_what_others_remove)
-            await self._uplink.has_been_up.wait()
+            await self._carriage.wait_until_up()
             await self._on_host(self._firewall.add_capture)
             await self._on_host(self._routing.add_rules)
             self._is_capturing = True
-            announce_ready(_logger, uplink=self._config.gateway, tun=tun.name, ports=self._ports())
+            self._carriage.capture()
+            gateways = ", ".join(map(str, self._config.gateways))
+            announce_ready(_logger, uplink=gateways, tun=tun.name, ports=self._ports())
         raise AssertionError("unreachable: its tasks end by exceptions only")
 
     @asynccontextmanager
@@ -206,7 +188,7 @@ class Agent:
                 with trio.move_on_after(interval_s) as quiet:
                     await changes.wait()
                 for what in await self._on_host(partial(self._restore, is_announced=not quiet.cancelled_caught)):
-                    self._counters.add("restored", "removed_by_others")
+                    self._restored += 1
                     self._limited.log("restored", "removed_by_others", what=what)
 
     def _restore(self, *, is_announced: bool) -> list[str]:
@@ -220,36 +202,6 @@ class Agent:
         if routes:
             self._routing.restore()
         return [*missing, *routes]
-
-    async def _pump(self, tun: Tun) -> NoReturn:
-        """Carry what local programs send, in order: device, filter, link."""
-
-        judge, dropped, uplink = self._filter.judge_outbound, self._dropped, self._uplink
-
-        def admit(packet: memoryview) -> bool:
-            """Leave out, and count, what does not belong into the tunnel."""
-            reason = judge(packet)
-            if reason is not None:
-                dropped[reason] += 1
-            return reason is None
-
-        while True:
-            await uplink.send(await tun.read_packets(admit=admit, take=uplink.send_at_once))
-
-    def _inject(self, packets: Packets) -> None:
-        """Hand what the gateway sent to the kernel, as far as the plan allows it."""
-        tun, judge, dropped = self._tun, self._filter.judge, self._dropped
-        if tun is None or not self._is_capturing:
-            # Without the rules a packet of an old connection would meet no socket, and the kernel would reset it.
-            dropped["not_ready"] += packets.count
-            return
-        for packet in packets:
-            reason = judge(packet) or tun.write_packet(trimmed(packet))
-            if reason is not None:
-                dropped[reason] += 1
-                self._limited.log("dropping", reason)
-        self._delivered["packets"] += packets.count
-        self._delivered["bytes"] += len(packets.encoded)
 
     def _queue_dropped(self) -> int | None:
         try:

@@ -21,6 +21,7 @@ from enlink.instance import InstanceLock, live_instances
 from enlink.program import ProgramParser, log_event, run_program
 from enlink.status import fetch_status, render_status, serve_status
 from enlink.supervise import stop_signals
+from enlink.worker import own_assignment
 
 from enta import __version__
 from enta.agent import Agent
@@ -30,6 +31,8 @@ from enta.capture.plan import MAX_MTU, Plan, Role, parse_captures, parse_replays
 from enta.cleanup import clean_up, leftover_instances
 from enta.config import DEFAULT_GATEWAY, AgentConfig
 from enta.doctor import examine, worst
+from enta.lane import Lane
+from enta.lanes import LANE_VARIABLE, Lanes, work
 
 _DESCRIPTION = """\
 ENTA captures what ordinary programs send to certain ports and carries it through gateways to an ordinary server,
@@ -43,6 +46,7 @@ examples:
   enta client --capture 7 --entg-connect gateway.example:6980
   enta server --replay 7 --entg-connect 127.0.0.1:6980
   enta client --capture 443 --capture udp/53 --capture 10.1.0.0/16:8080 --dry-run
+  enta client --capture 7 --entg-connect one.example:6980 --entg-connect two.example:6980
 """
 _CLIENT = """\
 Captures what local programs send to the given ports of any address, and carries it to the gateway. Connections to this
@@ -141,8 +145,9 @@ def _add_plan_options(parser: ProgramParser, role: Role | str) -> None:
         "--entg-connect",
         metavar="HOST:PORT",
         type=partial(parse_dial, kind=Tcp),
-        default=parse_dial(DEFAULT_GATEWAY, Tcp),
-        help=f"where the gateway is (default: {DEFAULT_GATEWAY})",
+        action="append",
+        help="where the gateway is; repeated, connections are spread over several, with a process for each, and those"
+        f" that cannot be reached are left out (default: {DEFAULT_GATEWAY})",
     )
     own, peer = ("192.168.0.254", "192.168.0.1") if role == "server" else ("192.168.0.1", "192.168.0.254")
     host = parser.add_argument_group("on this host")
@@ -198,6 +203,14 @@ async def _main(options: argparse.Namespace) -> None:
     await options.run(options)
 
 
+def _gateways(options: argparse.Namespace) -> tuple[Tcp, ...]:
+    gateways = tuple(options.entg_connect or [parse_dial(DEFAULT_GATEWAY, Tcp)])
+    for gateway in gateways:
+        if gateways.count(gateway) > 1:
+            raise UsageError(f"--entg-connect {gateway} is there twice: a gateway takes one link of an agent")
+    return gateways
+
+
 def _plan(options: argparse.Namespace, role: Role) -> Plan:
     try:
         address = IPv4Interface(f"{options.tun_addr}/{options.tun_mask}")
@@ -234,13 +247,18 @@ async def _agent(options: argparse.Namespace) -> None:
         raise UsageError(
             f"no port to {option[2:]}: give at least one, as in {option} 7; see enta {options.role} --help"
         )
-    config = AgentConfig(
-        plan, options.entg_connect, options.wire, options.firewall, options.once, attestation, options.spin
-    )
+    gateways = _gateways(options)
+    if options.once and len(gateways) > 1:
+        raise UsageError("--once is for one gateway: with several, give --entg-connect once, or leave --once out")
+    config = AgentConfig(plan, gateways, options.wire, options.firewall, options.once, attestation, options.spin)
+    if (assignment := own_assignment(LANE_VARIABLE)) is not None:
+        await work(config, assignment)
+        return
     if options.dry_run:
         sys.stdout.write(_dry_run(config))
         return
     attested = await prepare(attestation, "client", options.wire)
+    carriage = Lane(config, gateways[0], attested=attested) if len(gateways) == 1 else Lanes(config)
     facts = {"tun_name": plan.tun_name, "table": plan.table, "mark": plan.mark, "firewall": config.firewall}
     path = Path(options.status_socket) if options.status_socket else None
     async with stop_signals() as stopping:
@@ -250,7 +268,7 @@ async def _agent(options: argparse.Namespace) -> None:
             InstanceLock("enta", plan.instance, status_path=path, facts=facts) as lock,
         ):
             is_held_closed = plan.instance in leftover_instances()
-            agent = Agent(config, firewall, is_held_closed=is_held_closed, attested=attested)
+            agent = Agent(config, firewall, carriage, is_held_closed=is_held_closed)
             async with trio.open_nursery() as nursery:
                 await nursery.start(serve_status, lock.status_path, agent.snapshot)
                 await agent.run(stopping)
@@ -289,7 +307,8 @@ def _dry_run(config: AgentConfig) -> str:
         from enta.capture.nftables import capture_ruleset, guard_ruleset
 
         rules = [("nft: the guard", guard_ruleset(plan)), ("nft: what is captured", capture_ruleset(plan))]
-    device = f"ip tuntap add dev {plan.tun_name} mode tun\n"
+    queues = " multi_queue" if len(config.gateways) > 1 else ""
+    device = f"ip tuntap add dev {plan.tun_name} mode tun{queues}\n"
     commands = "".join(f"{line}\n" for line in ip_commands(plan))
     return (
         "".join(f"# {title}\n{text}\n" for title, text in (*rules, ("ip commands", device + commands))).rstrip() + "\n"
@@ -300,7 +319,7 @@ async def _doctor(options: argparse.Namespace) -> None:
     if options.capture and options.replay:
         raise UsageError("give --capture or --replay, not both: a client captures, a server replays")
     plan = _plan(options, "server" if options.replay else "client")
-    findings = await trio.to_thread.run_sync(examine, plan, options.entg_connect)
+    findings = await trio.to_thread.run_sync(examine, plan, _gateways(options))
     if options.json:
         rows = [asdict(found) for found in findings]
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")

@@ -22,7 +22,7 @@ class AgentConfig:
 
     Attributes:
         plan: what it does to this host.
-        gateway: where its uplink goes.
+        gateways: where its links go: at least one; several share the connections that are captured.
         wire: ``original`` for a gateway that knows no control messages.
         firewall: which packet filter to use; ``auto`` takes nftables, and iptables where that cannot be had.
         attestation: how the link to the gateway is attested; None: it is plain.
@@ -31,7 +31,7 @@ class AgentConfig:
     """
 
     plan: Plan
-    gateway: Tcp
+    gateways: tuple[Tcp, ...]
     wire: Wire = "auto"
     firewall: FirewallChoice = "auto"
     is_once: bool = False

@@ -58,8 +58,8 @@ class Finding:
     exit_code: int = 0
 
 
-def examine(plan: Plan | None, gateway: Tcp | None) -> list[Finding]:
-    """Check this host, for an agent with *plan* whose uplink goes to *gateway*, as far as they are given.
+def examine(plan: Plan | None, gateways: Sequence[Tcp] = ()) -> list[Finding]:
+    """Check this host, for an agent with *plan* whose links go to *gateways*, as far as they are given.
 
     Blocks for up to a few seconds. What is wrong is a finding, never an exception.
     """
@@ -73,9 +73,8 @@ def examine(plan: Plan | None, gateway: Tcp | None) -> list[Finding]:
         ("kernel", _check_kernel),
     ]
     if plan is not None:
-        checks += [("conflicts", partial(_check_conflicts, plan)), ("ports", partial(_check_ports, plan, gateway))]
-    if gateway is not None:
-        checks.append(("gateway", partial(_check_gateway, gateway, plan)))
+        checks += [("conflicts", partial(_check_conflicts, plan)), ("ports", partial(_check_ports, plan, gateways))]
+    checks += [("gateway", partial(_check_gateway, gateway, plan)) for gateway in gateways]
     findings: dict[str, Finding] = {}
     for topic, check in checks:
         for finding in _examined(topic, check):
@@ -217,7 +216,7 @@ def _refuse_living(plan: Plan) -> None:
                 raise CannotCreate(f"{option} {value} is in use by instance {other.instance!r}: choose another")
 
 
-def _check_ports(plan: Plan, gateway: Tcp | None) -> Iterator[tuple[Level, str]]:
+def _check_ports(plan: Plan, gateways: Sequence[Tcp]) -> Iterator[tuple[Level, str]]:
     for replay in plan.replays:
         addresses = _listening(replay.protocol, replay.port)
         where = ", ".join(sorted(map(str, addresses)))
@@ -231,7 +230,7 @@ def _check_ports(plan: Plan, gateway: Tcp | None) -> Iterator[tuple[Level, str]]
                 f"{replay}: its server listens on {where} only: have it listen on 0.0.0.0 or {plan.address.ip}",
             )
     for capture in plan.captures:
-        if gateway is not None and (capture.protocol, capture.port) == ("tcp", gateway.port):
+        if capture.protocol == "tcp" and capture.port in [gateway.port for gateway in gateways]:
             yield "ok", f"{capture}: the uplink uses this port too, and is excluded by its mark {plan.mark:#x}"
         if _listening(capture.protocol, capture.port):
             yield "ok", f"{capture}: a server here listens on it: traffic to this host's own addresses is left alone"

@@ -21,7 +21,11 @@ from enlink.pump import current_pump, while_readable
 # From linux/if_tun.h and linux/if.h.
 _TUNSETIFF: Final = 0x400454CA
 _TUNGETFEATURES: Final = 0x800454CF
+_TUNSETQUEUE: Final = 0x400454D9
 _IFF_TUN: Final = 0x0001
+_IFF_MULTI_QUEUE: Final = 0x0100
+_IFF_ATTACH_QUEUE: Final = 0x0200
+_IFF_DETACH_QUEUE: Final = 0x0400
 _IFF_NO_PI: Final = 0x1000
 _IFF_TUN_EXCL: Final = 0x8000  # refuse a device that exists, even one that we could attach to
 _IFREQ: Final = struct.Struct("16sH22x")  # name, flags
@@ -63,6 +67,7 @@ class Tun:
     def __init__(self, descriptor: int, name: str) -> None:
         self.name = name
         self._descriptor = descriptor
+        self._is_attached = True
         self._reads_without_checkpoint = 0
         self._batch = PacketBatch()
 
@@ -89,6 +94,46 @@ class Tun:
         if trio.lowlevel.in_trio_run():
             current_pump().forget(descriptor)
         os.close(descriptor)
+
+    def open_queue(self) -> Tun:
+        """Open one more queue of a device that was made for several.
+
+        The kernel sends each flow through the queue through which it last came, and others by their addresses and
+        ports: one flow's packets never overtake each other. Source: Linux Documentation/networking/tuntap.rst.
+
+        Raises:
+            CannotCreate, SystemFailure: the kernel refuses another one.
+        """
+        return Tun(*_attach(self.name, _IFF_TUN | _IFF_NO_PI | _IFF_MULTI_QUEUE))
+
+    def attach(self) -> None:
+        """Have the kernel use this queue again, after `detach`.
+
+        Raises:
+            TunGone: the device was deleted.
+        """
+        self._set_queue(_IFF_ATTACH_QUEUE)
+        self._is_attached = True
+
+    def detach(self) -> None:
+        """Have the kernel leave this queue to the others. What waits in it is lost.
+
+        Raises:
+            TunGone: the device was deleted.
+        """
+        self._set_queue(_IFF_DETACH_QUEUE)
+        self._is_attached = False
+
+    def _set_queue(self, flag: int) -> None:
+        try:
+            fcntl.ioctl(self._descriptor, _TUNSETQUEUE, _IFREQ.pack(b"", flag))
+        except OSError as error:
+            raise TunGone(f"{self.name} was deleted by another program ({_errno_name(error)}): start again") from error
+
+    @property
+    def is_attached(self) -> bool:
+        """The kernel uses this queue."""
+        return self._is_attached
 
     async def read_packets(
         self,
@@ -193,8 +238,11 @@ class Tun:
         return SystemFailure(f"cannot read from {self.name} ({_errno_name(error)}): start again")
 
 
-def open_tun(name: str) -> Tun:
+def open_tun(name: str, *, has_queues: bool = False) -> Tun:
     """Make a TUN device called *name* in the calling thread's network namespace. It starts down, with no address.
+
+    Args:
+        has_queues: it may have more than one queue: see `Tun.open_queue`.
 
     Raises:
         UsageError: *name* is no length for a device name.
@@ -202,17 +250,20 @@ def open_tun(name: str) -> Tun:
         CannotCreate: a device of that name exists, the kernel refuses the name, or it has no TUN driver.
         SystemFailure: anything else.
     """
-    encoded = name.encode()
-    if not 0 < len(encoded) <= _MAX_NAME_BYTES:
+    if not 0 < len(name.encode()) <= _MAX_NAME_BYTES:
         raise UsageError(f"TUN name {name!r}: use 1 to {_MAX_NAME_BYTES} bytes")
+    return Tun(*_attach(name, _IFF_TUN | _IFF_NO_PI | _IFF_TUN_EXCL | (_IFF_MULTI_QUEUE if has_queues else 0)))
+
+
+def _attach(name: str, flags: int) -> tuple[int, str]:
+    """Return a descriptor of the device called *name*, and what the kernel calls it."""
     descriptor = _open_node()
     try:
-        request = _IFREQ.pack(encoded, _IFF_TUN | _IFF_NO_PI | _IFF_TUN_EXCL)
-        answer = fcntl.ioctl(descriptor, _TUNSETIFF, request)
+        answer = fcntl.ioctl(descriptor, _TUNSETIFF, _IFREQ.pack(name.encode(), flags))
     except OSError as error:
         os.close(descriptor)
         raise _create_failure(error, name) from error
-    return Tun(descriptor, _IFREQ.unpack(answer)[0].rstrip(b"\0").decode())
+    return descriptor, _IFREQ.unpack(answer)[0].rstrip(b"\0").decode()
 
 
 def check_driver() -> None:
