@@ -272,6 +272,17 @@ def test_a_worker_whose_first_process_is_killed_hears_of_it_and_ends(program: Pa
     assert rest == b"ended\n"
 
 
+@pytest.mark.usefixtures("program", "no_descriptor_stays_open")
+@in_trio
+async def test_a_share_and_a_report_may_be_longer_than_any_buffer() -> None:
+    worker = Hearing(name="x" * 1_000_000)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(worker.process.run)
+        await worker.wait_until_heard()
+        assert worker.reports[0]["share"]["name"] == "x" * 1_000_000
+        worker.process.tell(END_IN_GOOD_ORDER)
+
+
 @pytest.mark.usefixtures("no_descriptor_stays_open")
 @in_trio
 async def test_of_reports_that_come_together_the_newest_whole_one_is_heard(
