@@ -64,7 +64,7 @@ class Course:
         return sum(cpu_s(each.process.pid) for each in self.programs)
 
     def peak_memory_bytes(self) -> int:
-        """What the largest of the programs has had in use."""
+        """What the largest of all processes has had in use."""
         return max((peak_resident_bytes(each.process.pid) for each in self.programs), default=0)
 
 
@@ -90,13 +90,14 @@ class Kind:
 
 @contextmanager
 def through_eng(path: Path) -> Iterator[Course]:
-    """Captured, four programs, replayed."""
+    """Captured, four programs or more, replayed."""
+    programs = [*path.programs.values(), *path.further_gateways]
     with ExitStack() as stack:
-        for program in path.programs.values():
+        for program in programs:
             stack.callback(program.end)  # before the wires go, over which they part
         path.start()
         stack.enter_context(path.running("server", sys.executable, LOAD, "serve", PORT))
-        yield Course(path.hosts, "1.1.1.1", list(path.programs.values()))
+        yield Course(path.hosts, "1.1.1.1", programs)
 
 
 def plain_links() -> Path:
@@ -108,6 +109,11 @@ def spinning() -> Path:
     """The same with programs that look for more traffic for a moment before they sleep."""
     spin = ("--spin", SPIN)
     return Path(capture=CAPTURED, replay=CAPTURED, client=spin, server=spin, near=spin, far=spin)
+
+
+def two_lanes() -> Path:
+    """The same with two pairs of gateways, over which the agents spread connections."""
+    return Path(capture=CAPTURED, replay=CAPTURED, lanes=2)
 
 
 @contextmanager
@@ -261,6 +267,7 @@ def direct(path: Path) -> Iterator[Course]:
 KINDS: Final = {
     "eng": Kind(through_eng, path=plain_links),
     "eng spinning": Kind(through_eng, path=spinning),
+    "eng 2 lanes": Kind(through_eng, path=two_lanes),
     "attested": Kind(through_eng, path=attested_links, needs=("gcc",)),
     # A connection costs them four processes and more.
     "4 socat": Kind(through_socat, ("socat",), most_connections=100),

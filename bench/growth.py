@@ -10,7 +10,7 @@ from typing import Final
 from bench.courses import KINDS, Course, installed, opened
 from bench.record import Figures, Record, interleaved
 
-COURSES: Final = ("eng", "attested", "4 socat", "4 haproxy", "wireguard-go", "direct")
+COURSES: Final = ("eng", "eng 2 lanes", "attested", "4 socat", "4 haproxy", "wireguard-go", "direct")
 CONNECTIONS: Final = (1, 10, 100, 1000)
 BYTES_A_WRITE: Final = (64, 256, 1024, 4096, 16384, 65536)
 STREAMS: Final = (1, 2, 4, 8)

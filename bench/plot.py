@@ -14,6 +14,7 @@ COLOURS: Final = {
     for colour, names in {
         "#d62728": ("eng", "relay"),
         "#ff7f0e": ("eng spinning", "relay spinning"),
+        "#ff9896": ("eng 2 lanes",),
         "#9467bd": ("attested",),
         "#1f77b4": ("4 socat", "socat"),
         "#17becf": ("socat TLS", "socat -b 256k"),

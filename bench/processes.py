@@ -61,9 +61,12 @@ def memory_bytes(pid: int) -> int:
 
 
 def peak_resident_bytes(pid: int) -> int:
-    """The most memory that a process, without its descendants, has ever had in use. What it shares counts fully."""
-    lines = (_PROC / str(pid) / "status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    """The most memory that a process, or one of its descendants, has ever had in use. What it shares counts fully."""
+    peaks = []
+    for each in _tree(pid, _processes()):
+        lines = (_PROC / str(each) / "status").read_text().splitlines()
+        peaks += [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+    return max(peaks)
 
 
 @dataclass(frozen=True, slots=True)
