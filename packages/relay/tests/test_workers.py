@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from tempfile import TemporaryFile
+from typing import Any
 
 import pytest
+import trio
 from enlink.endpoint import Tcp
 from enlink.errors import ConfigError
+from enlink.supervise import Stopping
 from hypothesis import given
 from hypothesis import strategies as st
 from relay.config import BridgeConfig, RelayConfig
-from relay.workers import Share, own_share
+from relay.workers import Share, Workers, own_share
+from trio.testing import wait_all_tasks_blocked
 
 
 def config_of(connections: int, workers: int) -> RelayConfig:
@@ -96,3 +101,25 @@ def test_a_variable_that_names_no_share_is_told(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("ENG_RELAY_WORKER", text)
     with pytest.raises(ConfigError, match=f"ENG_RELAY_WORKER='{text}' is no share of a relay's work: unset it"):
         own_share()
+
+
+def test_a_worker_that_is_being_started_while_all_stop_still_inherits_the_sockets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    open_process = trio.lowlevel.open_process
+
+    async def main() -> None:
+        stopping = Stopping()
+
+        async def open_late(*arguments: Any, **options: Any) -> trio.Process:
+            stopping.set("just now")
+            await wait_all_tasks_blocked()
+            return await open_process(*arguments, **options)
+
+        monkeypatch.setattr(trio.lowlevel, "open_process", open_late)
+        monkeypatch.setattr(sys, "orig_argv", ["python", "-c", "pass"])
+        with socket.socket() as listener, trio.fail_after(40):
+            await Workers(config_of(1, 1), None, [[listener]]).run(stopping)
+            assert listener.fileno() == -1
+
+    trio.run(main)

@@ -47,6 +47,7 @@ class WorkerProcess:
 
     Attributes:
         pid: its process id, while it runs.
+        has_started: set once it has inherited what it inherits.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class WorkerProcess:
         hear: Callable[[Report], None],
     ) -> None:
         self.pid: int | None = None
+        self.has_started = trio.Event()
         self._variable = variable
         self._share = share
         self._descriptors = descriptors
@@ -94,6 +96,7 @@ class WorkerProcess:
             with far:
                 process = await self._start(far.fileno())
             self.pid = process.pid
+            self.has_started.set()
             try:
                 await self._listen(control)
                 return await process.wait()

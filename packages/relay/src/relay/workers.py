@@ -126,6 +126,8 @@ class Workers:
                 make, ended = partial(self._make, number), partial(self._ended, number, stopping)
                 nursery.start_soon(keep_running, make, stopping, ended)
             await stopping.wait()
+            for process in filter(None, self._processes):
+                await process.has_started.wait()  # it inherits them
             for sock in (sock for bridge in self._listeners for sock in bridge):
                 sock.close()
 
