@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_a_variable_that_names_no_share_is_told(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_worker_that_is_being_started_while_all_stop_still_inherits_the_sockets(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     open_process = trio.lowlevel.open_process
 
@@ -117,9 +118,13 @@ def test_a_worker_that_is_being_started_while_all_stop_still_inherits_the_socket
             return await open_process(*arguments, **options)
 
         monkeypatch.setattr(trio.lowlevel, "open_process", open_late)
-        monkeypatch.setattr(sys, "orig_argv", ["python", "-c", "pass"])
         with socket.socket() as listener, trio.fail_after(40):
+            look = (
+                f"import os, pathlib; os.fstat({listener.fileno()}); pathlib.Path({str(tmp_path / 'seen')!r}).touch()"
+            )
+            monkeypatch.setattr(sys, "orig_argv", ["python", "-c", look])
             await Workers(config_of(1, 1), None, [[listener]]).run(stopping)
             assert listener.fileno() == -1
+        assert (tmp_path / "seen").exists()
 
     trio.run(main)
