@@ -82,6 +82,19 @@ async def test_bad_news_is_told_at_once_and_good_news_a_moment_later(clock: Mock
 
 
 @trio_test
+async def test_what_is_no_news_does_not_hold_up_bad_news(clock: MockClock) -> None:
+    onward = Onward()
+    onward.note(is_open=True)
+    async with telling(onward) as ear:
+        await trio.sleep(1)
+        onward.note(is_open=True)
+        await trio.sleep(PAUSE_S / 10)
+        onward.note(is_open=False)
+        await trio.sleep(1)
+        assert ear.told == [(0, True), (1 + PAUSE_S / 10, False)]
+
+
+@trio_test
 async def test_good_news_that_turns_out_wrong_within_a_moment_is_not_told(clock: MockClock) -> None:
     onward = Onward()
     async with telling(onward) as ear:
