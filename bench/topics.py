@@ -48,12 +48,12 @@ def _printed(topic: str, measure: Callable[[], None]) -> Record:
 
 
 TOPICS: Final = {
-    "path": Topic("The path beside its peers", path.measure, full=(5, 1.0), quick=(1, 0.25)),
+    "path": Topic("The path beside its peers", path.measure, full=(5, 1.0), quick=(1, 0.2)),
     "reno": Topic(
         "The path with Reno for congestion control",
         partial(path.measure, control="reno"),
         full=(5, 1.0),
-        quick=(1, 0.25),
+        quick=(1, 0.2),
     ),
     "growth": Topic("How cost grows", growth.measure, full=(3, 0.7), quick=(1, 0.2), draw=page.as_lines),
     "network": Topic("On a network with loss and delay", network.measure, full=(3, 2.0), quick=(1, 1.0)),
