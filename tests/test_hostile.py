@@ -51,9 +51,9 @@ sys.exit(enta.cli.main())
 # The agent without its filter: every packet reaches the kernel, whole.
 UNFILTERED = """
 import sys
-import enta.agent, enta.cli
-enta.agent.PacketFilter.judge = lambda self, packet: None
-enta.agent.trimmed = lambda packet: packet
+import enta.cli, enta.lane
+enta.lane.PacketFilter.judge = lambda self, packet: None
+enta.lane.trimmed = lambda packet: packet
 del sys.argv[0]
 sys.exit(enta.cli.main())
 """
