@@ -10,6 +10,7 @@ and tasks share state without locks. What moves is the callers' business: see li
 
 from __future__ import annotations
 
+import logging
 import select
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -26,6 +27,8 @@ _EVENTS_A_ROUND: Final = 64  # descriptors that get their turn before trio is lo
 
 _READABLE: Final = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
 _WRITABLE: Final = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
+
+_logger = logging.getLogger(__name__)
 
 Callback = Callable[[], object]
 _current: trio.lowlevel.RunVar[Pump] = trio.lowlevel.RunVar("enlink.pump")
@@ -53,9 +56,12 @@ class Pump(trio.abc.Instrument):
     def spin(self, limit_s: float) -> None:
         """After traffic, look for more for so long before sleeping; 0: sleep at once. See spin.py.
 
-        Of no effect where trio's own epoll is not to be found.
+        Of no effect, but for a warning, where trio's own epoll is not to be found.
         """
-        self._spin = Spin(self._epoll.poll, limit_s) if limit_s else None
+        self._spin = Spin(self._epoll.poll, limit_s) if limit_s and self._trio_epoll is not None else None
+        if limit_s and self._spin is None:
+            why = "this trio waits in a way that is not known here: --spin does nothing"
+            _logger.warning("spin_unavailable", extra={"fields": {"error": why}})
 
     def spin_counts(self) -> Mapping[str, int]:
         """Tell for ``status`` how often spinning has found something, and how often not; nothing where it is off."""
