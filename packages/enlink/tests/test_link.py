@@ -311,7 +311,7 @@ async def test_with_the_original_wire_no_control_message_leaves_and_no_hello_is_
 
 SAID_BEFORE_HELLO = [
     (Keepalive(), "bad_control", "the peer said KEEPALIVE out of turn"),
-    (PathState(is_open=True), "bad_control", "the peer said PATHSTATE out of turn"),
+    (PathState(is_open=True), "bad_control", "the peer said PATH out of turn"),
     (Close("changed my mind"), "closed", "the peer closed the link: changed my mind"),
     (Close(), "closed", "the peer closed the link"),
     (Error("too many connections"), "refused", "the peer refused the link: too many connections"),

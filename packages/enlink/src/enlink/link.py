@@ -298,7 +298,8 @@ class Link:
             self.peer = message
             self.speech = "eng"
         elif self.speech != "eng":
-            raise PeerFault("bad_control", f"the peer said {type(message).__name__.upper()} out of turn")
+            name = type(message).__name__.removesuffix("State").upper()  # as docs/wire-format.md has it
+            raise PeerFault("bad_control", f"the peer said {name} out of turn")
         elif isinstance(message, PathState) and message.is_open != self.path_is_open:
             self.path_is_open = message.is_open
             self.path_changed()
