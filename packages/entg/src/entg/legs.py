@@ -15,7 +15,6 @@ from enlink.control import Close, Error, Hello, Role
 from enlink.errors import leaves
 from enlink.frame import Packets, Wire
 from enlink.link import Link, LinkEnded, describe
-from enlink.program import RateLimitedLog, log_event
 from enlink.status import Counters
 from enlink.stream import Dialer, serve
 from enlink.supervise import Backoff
@@ -23,6 +22,7 @@ from enlink.timers import Timer, current_timers
 
 from entg.connection import Connection, address_of, spell, spell_listeners
 from entg.handshakes import Handshakes
+from entg.ledger import Ledger
 from entg.path import Onward
 from entg.place import Identity, Place, identify_agent, identify_gateway
 from entg.router import Router
@@ -42,9 +42,6 @@ PROVED_GOOD_S: Final = 1.0
 LONG_RUN: Final = 256  # packets
 
 _HELLO: Final = Hello(Role.GATEWAY)
-_REFUSALS: Final = ("busy", "wrong_port", "too_many")
-
-_logger = logging.getLogger(__name__)
 
 
 class Leg:
@@ -72,15 +69,9 @@ class Leg:
         self._connections: list[Connection] = []
         self._onward = Onward()
         self._way: Mapping[str, object] = {}
-        self._trouble: tuple[str, str] | None = None
         self._changed_s = trio.current_time()
-        self._received = counters.group(f"from_{name}")
-        self._received_dropped = counters.group(f"from_{name}_dropped")
-        self._sent = counters.group(f"to_{name}")
-        self._sent_dropped = counters.group(f"to_{name}_dropped")
-        self._ended = counters.group(f"{name}_ended")
-        self._limited = RateLimitedLog(_logger, trio.current_time)
-        self._told_drops: set[str] = set()  # since the place changed hands
+        self._ledger = Ledger(name, counters)
+        self._sent = self._ledger.sent
         self._leaving = 0
         self._handshakes = Handshakes(attested) if attested else None
         self._limit = ATTESTED_LIMIT if attested else CONNECTION_LIMIT
@@ -103,7 +94,7 @@ class Leg:
             "peer": describe(holder.link.peer) if holder else None,
             "path": "open" if self.path_is_open else "closed",
             **self._attestation(holder),
-            "problem": self._trouble[1] if self._trouble and not holder else None,
+            "problem": self._ledger.trouble[1] if self._ledger.trouble and not holder else None,
             "marked": holder.link.marked if holder else 0,
             "connections": len(self._connections),
         }
@@ -131,13 +122,13 @@ class Leg:
         """Pass packets to whoever holds the place; without one, or when it takes no more, drop and count them."""
         holder = self._place.holder
         if holder is None:
-            self._drop("no_link", packets)
+            self._ledger.note_sent_dropped("no_link", packets)
             return
         try:
             limit_s = STALL_LIMIT_S if holder.identity else SILENT_STALL_LIMIT_S
             await holder.link.send(packets.encoded, stall_limit_s=limit_s)
         except LinkEnded as ended:
-            self._drop("stalled" if ended.reason == "stalled" else "link_ended", packets)
+            self._ledger.note_sent_dropped("stalled" if ended.reason == "stalled" else "link_ended", packets)
             self._give_up(holder, ended)
             return
         self._note_sent(holder, packets)
@@ -146,7 +137,7 @@ class Leg:
         """Do what `send` does, if that can be done without waiting."""
         holder = self._place.holder
         if holder is None:
-            self._drop("no_link", packets)
+            self._ledger.note_sent_dropped("no_link", packets)
         elif not holder.link.send_at_once(packets.encoded):
             return False
         else:
@@ -167,10 +158,10 @@ class Leg:
                 stream = await dialer.dial()
                 connection = self._admit(stream, await self._attest(stream))
             except Unreachable as error:
-                self._note_trouble("unreachable", f"{error}; does the peer gateway listen there (--entg-listen)?")
+                text = f"{error}; does the peer gateway listen there (--entg-listen)?"
+                self._ledger.note_trouble("unreachable", text)
             except LinkEnded as ended:
-                self._ended[ended.reason] += 1
-                self._note_trouble(ended.reason, str(ended))
+                self._ledger.note_failed_attempt(ended)
             else:
                 connections.start_soon(self._run, connection, True)
                 await connection.has_finished_reading.wait()
@@ -188,16 +179,14 @@ class Leg:
     async def accept(self, stream: trio.abc.Stream) -> None:
         """Serve one that has connected, to its end."""
         if self._is_full and not self._make_room():
-            self._ended["too_many"] += 1
-            self._limited.log("refused", "too_many", leg=self.name)
+            self._ledger.note_refused("too_many")
             await trio.aclose_forcefully(stream)
             return
         address = address_of(stream)
         try:
             attested = await self._attest(stream)
         except LinkEnded as ended:
-            self._ended[ended.reason] += 1
-            self._limited.log("refused", ended.reason, logging.WARNING, leg=self.name, address=address, error=ended)
+            self._ledger.note_refused(ended.reason, logging.WARNING, address=address, error=ended)
             return
         await self._run(self._admit(stream, attested), is_dialler=False)
 
@@ -230,13 +219,10 @@ class Leg:
         return True
 
     def _admit(self, stream: trio.abc.Stream, attested: AttestedStream | None) -> Connection:
-        link = Link(attested.stream if attested else stream, _HELLO, self._count_received_dropped)
+        link = Link(attested.stream if attested else stream, _HELLO, self._ledger.note_received_dropped)
         connection = Connection(stream, link, attested.evidence if attested else None)
         self._connections.append(connection)
         return connection
-
-    def _count_received_dropped(self, reason: str) -> None:
-        self._received_dropped[reason] += 1
 
     async def _run(self, connection: Connection, is_dialler: bool) -> None:
         """Serve one connection to its end. Its faults end it, and nothing else."""
@@ -262,7 +248,7 @@ class Leg:
                 retirement.cancel()
             connection.has_finished_reading.set()
             self._forget(connection)
-            self._tell_end(connection, is_dialler=is_dialler)
+            self._ledger.note_end(connection, is_dialler=is_dialler)
             await self._close(connection)
 
     async def _close(self, connection: Connection) -> None:
@@ -302,7 +288,8 @@ class Leg:
     async def _introduce(self, connection: Connection, first: Hello | Packets) -> Identity | None:
         """Find out who this is; None if it is to end before it has said so."""
         while (identity := self._identify(first)) is None:
-            self._received_dropped["link_local"] += (await connection.link.receive()).count
+            chatter = await connection.link.receive()
+            self._ledger.received_dropped["link_local"] += chatter.count
             self._stand_in_line(connection, "link_local")
             heard = await connection.unless_stopped(connection.link.hear_first_word)
             if heard is None:
@@ -315,7 +302,7 @@ class Leg:
             return  # it had to make room, and is forgotten already
         self._place.stand_in_line(connection)
         self._note_path()
-        self._log("provisional", reason, connection)
+        self._ledger.note_silent(connection, reason)
 
     def _identify(self, first: Hello | Packets) -> Identity | None:
         return identify_agent(first) if self.name == "enta" else identify_gateway(first)
@@ -338,13 +325,11 @@ class Leg:
         connection.identity = identity
         connection.link.path_changed = self._note_path
         self._note_path()
-        self._trouble = None
-        attested = {"attested": connection.evidence} if connection.evidence else {}
-        self._log("connected", connection.link.speech, connection, peer=describe(peer), **attested)
+        self._ledger.note_connected(connection, peer)
         return True
 
     async def _forward(self, connection: Connection) -> None:
-        received = self._received
+        received = self._ledger.received
 
         def take(packets: Packets) -> bool:
             is_taken = self._router.forward_at_once(self, packets)
@@ -391,7 +376,7 @@ class Leg:
     def _vacate(self, connection: Connection) -> None:
         if connection is self._place.holder:
             self._changed_s = trio.current_time()
-            self._told_drops.clear()
+            self._ledger.note_vacancy()
         self._place.leave(connection)
         self._note_path()
 
@@ -405,32 +390,3 @@ class Leg:
             holder.last_sent_s = trio.current_time()
         self._sent["packets"] += packets.count
         self._sent["bytes"] += len(packets.encoded)
-
-    def _drop(self, reason: str, packets: Packets) -> None:
-        self._sent_dropped[reason] += packets.count
-        if reason not in self._told_drops:
-            self._told_drops.add(reason)
-            self._limited.log("dropping", reason, leg=self.name)
-
-    def _note_trouble(self, reason: str, text: str) -> None:
-        """Log why there is no connection when the reason has changed, which is not at every attempt."""
-        if self._trouble is None or self._trouble[0] != reason:
-            log_event(_logger, "unreachable", logging.WARNING, leg=self.name, reason=reason, error=text)
-        self._trouble = reason, text
-
-    def _tell_end(self, connection: Connection, *, is_dialler: bool) -> None:
-        reason, text = connection.reason, connection.text
-        self._ended[reason] += 1
-        if connection.identity:
-            self._log("disconnected", reason, connection, error=text)
-        elif is_dialler:
-            self._note_trouble(reason, text)
-        elif reason in _REFUSALS:
-            self._log("refused", reason, connection, logging.WARNING, error=text)
-        else:
-            self._log("stray", reason, connection, error=text)
-
-    def _log(
-        self, event: str, reason: str, connection: Connection, level: int = logging.INFO, /, **fields: object
-    ) -> None:
-        self._limited.log(event, reason, level, leg=self.name, address=connection.address, **fields)
