@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path as FilePath
@@ -50,6 +51,12 @@ def used(agent: Program) -> list[bool]:
 def processes(agent: Program) -> list[int]:
     """An agent's own process and its workers."""
     return [agent.process.pid, *(lane["pid"] for lane in lanes(agent))]
+
+
+def workers(agent: Program) -> list[int]:
+    """An agent's workers, also while it cannot be asked: what it has started, whichever thread did."""
+    threads = FilePath(f"/proc/{agent.process.pid}/task").glob("*/children")
+    return [int(pid) for children in threads for pid in children.read_text().split()]
 
 
 def is_running(pid: int) -> bool:
@@ -145,6 +152,69 @@ def test_a_worker_that_is_killed_is_replaced_and_costs_no_connection_and_no_coun
         assert lanes(agent)[1]["pid"] not in (victim, None)
         assert agent.status()["counters"]["to_gateway"]["packets"] > before
     assert agent.log().count(" lane_ended ") == 1
+
+
+def test_a_worker_that_hangs_is_left_out_until_it_goes_on(path: Path) -> None:
+    """Its link is up, as far as it has said; what it does not say tells the first process."""
+    agent = path.programs["app"]
+    with ExitStack() as stack:
+        under_way = transfers(stack, path)
+        victim = lanes(agent)[1]["pid"]
+        os.kill(victim, signal.SIGSTOP)
+        until(lambda: used(agent) == [True, False], "left out")
+        for transfer in under_way:
+            transfer.goes_on()
+        os.kill(victim, signal.SIGCONT)
+        until(lambda: used(agent) == [True, True], "used again")
+        for transfer in under_way:
+            transfer.goes_on()
+    assert lanes(agent)[1]["pid"] == victim
+
+
+def test_where_no_worker_can_be_started_the_others_go_on_until_one_can(path: Path, tmp_path: FilePath) -> None:
+    """As when the system has no room for another process, or Python is just being replaced."""
+    python = tmp_path / "python"
+    python.symlink_to(sys.prefix)
+    agent = path.programs["app"]  # who asks for status
+    agent.stop()
+    with path.running("app", str(python / "bin" / FilePath(sys.executable).name), *agent.argv) as started:
+        until(lambda: used(agent) == [True, True], "complete")
+        victim = lanes(agent)[1]["pid"]
+        python.unlink()
+        os.kill(victim, signal.SIGKILL)
+        started.wait_for("lane_not_started")
+        until(lambda: used(agent) == [True, False], "left out")
+        assert all(echoed(path.hosts["app"]) for _ in range(CONNECTIONS))
+        python.symlink_to(sys.prefix)
+        until(lambda: lanes(agent)[1]["replaced"] == 1 and used(agent) == [True, True], "replaced")
+
+
+def test_a_worker_that_dies_before_it_has_said_a_word_is_no_end_of_an_agent_that_works(path: Path) -> None:
+    agent = path.programs["app"]
+    agent.stop()
+    agent.start()
+    until(lambda: workers(agent), "begun")
+    victim = workers(agent)[0]
+    os.kill(victim, signal.SIGSTOP)
+    agent.wait_for("ready")
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: used(agent) == [True, True], "replaced")
+    assert victim not in processes(agent)
+
+
+@pytest.mark.proves("F01", "F04")
+def test_killed_while_no_gateway_takes_its_leave_it_can_be_started_again_at_once(path: Path) -> None:
+    """The device goes with the last worker, and the next start must not meet it."""
+    agent, gateways = path.programs["app"], [path.programs["near"], path.further_gateways[0]]
+    for gateway in gateways:
+        os.kill(gateway.process.pid, signal.SIGSTOP)
+    agent.kill()
+    agent.start()
+    until(lambda: len(workers(agent)) == len(gateways), "begun")
+    for gateway in gateways:
+        os.kill(gateway.process.pid, signal.SIGCONT)
+    agent.wait_for("ready")
+    assert echoed(path.hosts["app"])
 
 
 @pytest.mark.proves("F04", "G5")

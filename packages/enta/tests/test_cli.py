@@ -59,3 +59,16 @@ def test_status_of_nobody_is_one_line_at_once() -> None:
     assert ended.stderr == "enta: no enta runs here: start one, or give its --status-socket\n"
     assert ended.returncode == 69
     assert time.monotonic() - began_s < FAR_BEYOND_S / 2
+
+
+def test_more_gateways_than_a_device_has_queues_are_a_mistake_of_the_command_line() -> None:
+    """Said before anything is changed, and not of the device."""
+    gateways = [word for port in range(1, 258) for word in ("--entg-connect", f"gateway.example:{port}")]
+    script = "from enta.cli import main; raise SystemExit(main())"
+    argv = [sys.executable, "-c", script, "client", "--capture", "7", "--dry-run"]
+    refused = subprocess.run([*argv, *gateways], capture_output=True, text=True, timeout=FAR_BEYOND_S, check=False)
+    accepted = subprocess.run(
+        [*argv, *gateways[:-2]], capture_output=True, text=True, timeout=FAR_BEYOND_S, check=False
+    )
+    assert refused.stderr == "enta: --entg-connect is there 257 times: a device has 256 queues at most\n"
+    assert (refused.returncode, accepted.returncode) == (64, 0)

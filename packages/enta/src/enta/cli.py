@@ -33,6 +33,7 @@ from enta.config import DEFAULT_GATEWAY, AgentConfig
 from enta.doctor import examine, worst
 from enta.lane import Lane
 from enta.lanes import LANE_VARIABLE, Lanes, work
+from enta.tun import MAX_QUEUES
 
 _DESCRIPTION = """\
 ENTA captures what ordinary programs send to certain ports and carries it through gateways to an ordinary server,
@@ -208,6 +209,8 @@ def _gateways(options: argparse.Namespace) -> tuple[Tcp, ...]:
     for gateway in gateways:
         if gateways.count(gateway) > 1:
             raise UsageError(f"--entg-connect {gateway} is there twice: a gateway takes one link of an agent")
+    if len(gateways) > MAX_QUEUES:
+        raise UsageError(f"--entg-connect is there {len(gateways)} times: a device has {MAX_QUEUES} queues at most")
     return gateways
 
 

@@ -1,14 +1,15 @@
 """An agent's lanes to several gateways: a process and a queue of the device for each. What one does is in lane.py.
 
 The first process has changed the host and answers for all. It holds every queue and carries nothing. Queues whose
-gateway cannot be reached, or says that the path ends there, it leaves out of the kernel's choice: their connections go
-on through the others. A worker runs the same command line, and inherits what is its own.
+gateway cannot be reached, or says that the path ends there, or whose worker hangs, it leaves out of the kernel's
+choice: their connections go on through the others. A worker runs the same command line, and inherits what is its own.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -18,8 +19,8 @@ from typing import Any, Final, NoReturn
 
 import trio
 from enlink.attested import prepare
-from enlink.errors import ConfigError, SystemFailure
-from enlink.program import log_event
+from enlink.errors import ConfigError, SystemFailure, leaves
+from enlink.program import RateLimitedLog, log_event
 from enlink.stream import Dialer
 from enlink.supervise import Stopping
 from enlink.worker import Assignment, Report, WorkerProcess, added, keep_running
@@ -31,6 +32,11 @@ from enta.tun import Tun
 LANE_VARIABLE: Final = "ENG_ENTA_LANE"
 
 _CAPTURE: Final = b"c"  # a wish: the rules are in place, deliver what comes
+
+# Choices of ours.
+_SILENT_S: Final = 3.0  # six reports that did not come: the worker hangs, or is stopped
+_PAUSE_S: Final = 0.1  # between two choices of queues, however often gateways change their minds
+_RETRY_S: Final = 1.0  # where the system has no room for another process
 
 _logger = logging.getLogger(__name__)
 
@@ -47,6 +53,7 @@ class Lanes:
         self._lanes = [_LaneAtWork(config, number) for number in range(len(config.gateways))]
         self._policy = _read_policy(config)
         self._is_up = trio.Event()
+        self._has_changed = trio.Event()
 
     def snapshot(self) -> Mapping[str, Any]:
         """Describe the lanes for ``status``: what they have counted together, and the link of each."""
@@ -79,7 +86,7 @@ class Lanes:
         """Keep a worker running for each gateway until cancelled; they end with this.
 
         Raises:
-            SystemFailure: a worker ended before it had begun to work.
+            SystemFailure: a worker could not begin to work, and no gateway has been reached yet.
             TunGone: the device was deleted.
             CannotCreate: the kernel refuses a queue.
         """
@@ -89,27 +96,54 @@ class Lanes:
             for number, lane in enumerate(self._lanes):
                 lane.queue = stack.enter_context(tun.open_queue()) if number else tun
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._choose_queues)
                 for lane in self._lanes:
-                    make = partial(lane.make, policy, self._choose_queues)
-                    nursery.start_soon(keep_running, make, Stopping(), partial(self._note_end, tun, lane))
+                    nursery.start_soon(self._keep_running, lane, tun, policy)
         raise AssertionError("unreachable: its tasks end by exceptions only")
 
-    def _choose_queues(self) -> None:
-        """Leave the traffic to those lanes that have come farthest: to the other agent, or else to a gateway."""
-        farthest = max(lane.progress for lane in self._lanes)
-        if farthest:
-            self._is_up.set()
-        # Those that come are first, so that the device is never without a queue.
-        for lane in sorted(self._lanes, key=lambda lane: -lane.progress):
-            lane.use(is_used=lane.progress == farthest)
+    async def _choose_queues(self) -> NoReturn:
+        """Leave the traffic to those lanes that have come farthest: to the other agent, or else to a gateway.
 
-    def _note_end(self, tun: Tun, lane: _LaneAtWork, code: int) -> None:
-        tun.tx_dropped()  # where the device is gone, another worker would fare no better
-        if not lane.has_reported:
-            raise SystemFailure(f"the lane to {lane.gateway} ended with exit code {code} before it began: it says why")
-        log_event(_logger, "lane_ended", logging.WARNING, gateway=lane.gateway, exit_code=code)
+        Each report is an occasion, so a lane without any is noticed as long as another one has some.
+        """
+        while True:
+            await self._has_changed.wait()
+            self._has_changed = trio.Event()
+            progress = {lane: lane.progress for lane in self._lanes}  # once, since time alone may change it
+            farthest = max(progress.values())
+            if farthest:
+                self._is_up.set()
+            # Those that come are first, so that the device is never without a queue.
+            for lane in sorted(self._lanes, key=lambda lane: -progress[lane]):
+                lane.use(is_used=progress[lane] == farthest)
+            await trio.sleep(_PAUSE_S)
+
+    async def _keep_running(self, lane: _LaneAtWork, tun: Tun, policy: int | None) -> NoReturn:
+        """Have a worker on *lane*, whatever becomes of each."""
+        make = partial(lane.make, policy, self._note_change)
+        while True:
+            try:
+                await keep_running(make, Stopping(), partial(self._note_end, lane, tun))
+            except* OSError as group:
+                error = next(leaves(group))
+                self._refuse_before_start(lane, f"could not be started ({error}): start the agent again")
+                log_event(_logger, "lane_not_started", logging.WARNING, gateway=lane.gateway, error=error)
+            await trio.sleep(_RETRY_S)
+
+    def _note_end(self, lane: _LaneAtWork, tun: Tun, code: int) -> None:
         lane.retire()
-        self._choose_queues()
+        self._note_change()
+        tun.tx_dropped()  # where the device is gone, another worker would fare no better
+        self._refuse_before_start(lane, f"ended with exit code {code} before it began: it says why")
+        log_event(_logger, "lane_ended", logging.WARNING, gateway=lane.gateway, exit_code=code)
+
+    def _refuse_before_start(self, lane: _LaneAtWork, problem: str) -> None:
+        """Let the start fail with its first worker; an agent that has reached a gateway goes on and tries again."""
+        if not (lane.has_reported or self._is_up.is_set()):
+            raise SystemFailure(f"the lane to {lane.gateway} {problem}")
+
+    def _note_change(self) -> None:
+        self._has_changed.set()
 
 
 class _LaneAtWork:
@@ -124,13 +158,15 @@ class _LaneAtWork:
         self._is_capturing = False
         self._worker: WorkerProcess | None = None
         self._report: Report = {}
+        self._heard_s = 0.0
         self._retired: Report = {}
         self._replaced = 0
+        self._limited = RateLimitedLog(_logger)
 
     @property
     def progress(self) -> int:
         """How far packets come: 2, to the other agent, as far as anybody knows; 1, to the gateway; 0, nowhere."""
-        link = self._report.get("uplink", {})
+        link = self._link()
         return int(link.get("up", False)) + int(link.get("path") == "open")
 
     def counted(self) -> Report:
@@ -145,7 +181,7 @@ class _LaneAtWork:
             "used": self.queue is not None and self.queue.is_attached,
             "up": False,
             "path": "closed",
-            **self._report.get("uplink", {}),
+            **self._link(),
         }
 
     def capture(self) -> None:
@@ -157,7 +193,9 @@ class _LaneAtWork:
         """Have the kernel give this lane packets, or none."""
         if self.queue is not None and self.queue.is_attached != is_used:
             self.queue.attach() if is_used else self.queue.detach()
-            log_event(_logger, "lane_used" if is_used else "lane_left_out", gateway=self.gateway)
+            event = "lane_used" if is_used else "lane_left_out"
+            reason = "silent" if self._is_silent() else ("no_link", "path_closed", "path_open")[self.progress]
+            self._limited.log(event, reason, logging.INFO, gateway=self.gateway)
 
     def make(self, policy: int | None, changed: Callable[[], None]) -> WorkerProcess:
         """Make the next worker. It inherits the queue and *policy*; *changed* is called for each report."""
@@ -174,8 +212,10 @@ class _LaneAtWork:
         def hear(report: Report) -> None:
             self.has_reported = True
             self._report = report
+            self._heard_s = trio.current_time()
             changed()
 
+        self._heard_s = trio.current_time()
         self._worker = WorkerProcess(LANE_VARIABLE, share, [queue, *([] if policy is None else [policy])], hear)
         return self._worker
 
@@ -184,6 +224,14 @@ class _LaneAtWork:
         self._retired = self.counted()
         self._report = {}
         self._replaced += 1
+
+    def _link(self) -> Mapping[str, Any]:
+        """What the worker says of its link; nothing, once it says nothing any more."""
+        link: Mapping[str, Any] = {} if self._is_silent() else self._report.get("uplink", {})
+        return link
+
+    def _is_silent(self) -> bool:
+        return trio.current_time() - self._heard_s > _SILENT_S
 
 
 async def work(config: AgentConfig, assignment: Assignment) -> None:
@@ -218,6 +266,9 @@ async def work(config: AgentConfig, assignment: Assignment) -> None:
             def heed(wish: bytes) -> None:
                 if wish == _CAPTURE:
                     lane.capture()
+                elif not wish:
+                    # The first process was killed, and its next start is not to find the device still there.
+                    signal.raise_signal(signal.SIGKILL)
                 else:
                     nursery.cancel_scope.cancel()
 

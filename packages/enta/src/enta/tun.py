@@ -30,6 +30,7 @@ _IFF_NO_PI: Final = 0x1000
 _IFF_TUN_EXCL: Final = 0x8000  # refuse a device that exists, even one that we could attach to
 _IFREQ: Final = struct.Struct("16sH22x")  # name, flags
 _MAX_NAME_BYTES: Final = 15
+MAX_QUEUES: Final = 256  # of one device, drivers/net/tun.c
 
 _NODE: Final = "/dev/net/tun"
 _DEVICE_COUNTERS: Final = Path("/proc/thread-self/net/dev")  # /sys shows the namespace in which it was mounted
