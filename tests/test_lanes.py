@@ -202,7 +202,6 @@ def test_a_worker_that_dies_before_it_has_said_a_word_is_no_end_of_an_agent_that
     assert victim not in processes(agent)
 
 
-@pytest.mark.proves("F01", "F04")
 def test_killed_while_no_gateway_takes_its_leave_it_can_be_started_again_at_once(path: Path) -> None:
     """The device goes with the last worker, and the next start must not meet it."""
     agent, gateways = path.programs["app"], [path.programs["near"], path.further_gateways[0]]
