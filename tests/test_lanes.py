@@ -18,6 +18,7 @@ from attested import attested_path
 from enlink.testing.hosts import Host
 from enlink.testing.state import difference, network_state
 from enlink.testing.transfer import FAR_BEYOND_S, NOWHERE, Transfer, until
+from enta.lanes import LANE_VARIABLE
 from path import Path, Program
 
 TRANSFERS = 6
@@ -54,16 +55,23 @@ def processes(agent: Program) -> list[int]:
 
 
 def workers(agent: Program) -> list[int]:
-    """An agent's workers, also while it cannot be asked: what it has started, whichever thread did."""
+    """An agent's workers, also while it cannot be asked; it has other children as well, for a moment."""
     threads = FilePath(f"/proc/{agent.process.pid}/task").glob("*/children")
-    return [int(pid) for children in threads for pid in children.read_text().split()]
+    children = [int(pid) for thread in threads for pid in text_of(thread).split()]
+    return [pid for pid in children if LANE_VARIABLE in text_of(FilePath(f"/proc/{pid}/environ"))]
+
+
+def text_of(file: FilePath) -> str:
+    """What a file of /proc says; nothing, once its thread or process is gone."""
+    try:
+        return file.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def is_running(pid: int) -> bool:
-    try:
-        return ") Z " not in FilePath(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
+    state = text_of(FilePath(f"/proc/{pid}/stat"))
+    return bool(state) and ") Z " not in state
 
 
 def echoed(host: Host, data: bytes = b"there and back") -> bool:
