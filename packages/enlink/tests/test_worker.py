@@ -393,7 +393,7 @@ def gaps_s(*lives_s: float) -> list[float]:
             gaps_s.append(trio.current_time() - ends_s[-1])
         return Passing(remaining.pop(0))
 
-    def ended(code: int) -> None:
+    def ended(code: int | OSError) -> None:
         assert code == 7
         ends_s.append(trio.current_time())
         if not remaining:
@@ -418,7 +418,7 @@ def test_a_worker_that_has_lived_for_ten_seconds_is_replaced_as_if_it_were_the_f
 @in_trio
 async def test_a_killed_worker_is_replaced_and_the_last_one_ends_in_good_order() -> None:
     workers: list[Hearing] = []
-    codes: list[int] = []
+    codes: list[int | OSError] = []
     stopping = Stopping()
 
     def make() -> WorkerProcess:
@@ -442,7 +442,7 @@ async def test_a_killed_worker_is_replaced_and_the_last_one_ends_in_good_order()
 @pytest.mark.usefixtures("program", "no_descriptor_stays_open")
 @in_trio
 async def test_a_stop_that_comes_while_a_worker_starts_reaches_it() -> None:
-    codes: list[int] = []
+    codes: list[int | OSError] = []
     stopping = Stopping()
 
     def make() -> WorkerProcess:
@@ -466,7 +466,7 @@ def test_a_stop_that_comes_between_two_workers_makes_no_other() -> None:
         return made[-1]
 
     made: list[Passing] = []
-    codes: list[int] = []
+    codes: list[int | OSError] = []
     stopping = Stopping()
     clock = trio.testing.MockClock(autojump_threshold=0)
     began_s = clock.current_time()
@@ -477,11 +477,34 @@ def test_a_stop_that_comes_between_two_workers_makes_no_other() -> None:
 
 
 def test_whoever_is_told_of_an_end_may_refuse_another_worker() -> None:
-    def refuse(code: int) -> None:
+    def refuse(code: int | OSError) -> None:
         raise SystemFailure(f"ended with {code}")
 
     with pytest.raises(SystemFailure, match="ended with 7"):
         trio.run(keep_running, lambda: Passing(0), Stopping(), refuse)
+
+
+@pytest.mark.usefixtures("program", "no_descriptor_stays_open")
+def test_a_worker_for_which_there_is_no_room_is_told_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits until it has inherited what it is to inherit does not wait for ever."""
+    stopping, workers, told = Stopping(), [], []
+
+    async def no_room(*_: object, **__: object) -> trio.Process:
+        raise BlockingIOError("no room")
+
+    def make() -> WorkerProcess:
+        workers.append(WorkerProcess(VARIABLE, {}, [], lambda _: None))
+        return workers[-1]
+
+    def ended(end: int | OSError) -> None:
+        told.append(end)
+        if len(told) == 3:
+            stopping.set("tried often enough")
+
+    monkeypatch.setattr(trio.lowlevel, "open_process", no_room)
+    trio.run(keep_running, make, stopping, ended, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert [str(end) for end in told] == ["no room"] * 3
+    assert all(worker.has_started.is_set() and worker.pid is None for worker in workers)
 
 
 # What makes a process a worker, or does not.

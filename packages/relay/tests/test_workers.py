@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import trio
 from enlink.endpoint import Tcp
-from enlink.errors import ConfigError
+from enlink.errors import ConfigError, SystemFailure
 from enlink.supervise import Stopping
 from hypothesis import given
 from hypothesis import strategies as st
@@ -128,3 +128,16 @@ def test_a_worker_that_is_being_started_while_all_stop_still_inherits_the_socket
         assert (tmp_path / "seen").exists()
 
     trio.run(main)
+
+
+def test_a_relay_for_which_there_is_no_room_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_room(*_: object, **__: object) -> trio.Process:
+        raise BlockingIOError("no room")
+
+    async def main() -> None:
+        with socket.socket() as listener:
+            await Workers(config_of(1, 1), None, [[listener]]).run(Stopping())
+
+    monkeypatch.setattr(trio.lowlevel, "open_process", no_room)
+    with pytest.RaisesGroup(pytest.RaisesExc(SystemFailure, match="worker 0 could not be started .no room.: start")):
+        trio.run(main)

@@ -47,7 +47,7 @@ class WorkerProcess:
 
     Attributes:
         pid: its process id, while it runs.
-        has_started: set once it has inherited what it inherits.
+        has_started: set once it has inherited what it inherits, or could not be started.
     """
 
     def __init__(
@@ -93,10 +93,12 @@ class WorkerProcess:
             control = trio.SocketStream(trio.socket.from_stdlib_socket(near))
             self._control = near
             self.tell(self._untold)
-            with far:
-                process = await self._start(far.fileno())
+            try:
+                with far:
+                    process = await self._start(far.fileno())
+            finally:
+                self.has_started.set()
             self.pid = process.pid
-            self.has_started.set()
             try:
                 await self._listen(control)
                 return await process.wait()
@@ -135,7 +137,9 @@ class WorkerProcess:
                 await process.wait()
 
 
-async def keep_running(make: Callable[[], WorkerProcess], stopping: Stopping, ended: Callable[[int], None]) -> None:
+async def keep_running(
+    make: Callable[[], WorkerProcess], stopping: Stopping, ended: Callable[[int | OSError], None]
+) -> None:
     """Run a worker, and another one whenever it has ended, until the wish to stop; then until it ends in good order.
 
     Between one and the next lies a delay that grows, as `enlink.supervise.Backoff` says, unless the last one has proved
@@ -143,17 +147,22 @@ async def keep_running(make: Callable[[], WorkerProcess], stopping: Stopping, en
 
     Args:
         make: makes the next one.
-        ended: is called with the exit code of each, the last one included. What it raises ends the loop.
+        ended: is called with the exit code of each, the last one included, or with why the system could not start it.
+            What it raises ends the loop.
     """
     backoff = Backoff()
     while not stopping.is_set:
         began_s = trio.current_time()
         worker = make()
+        end: int | OSError
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_pass_on, stopping, worker)
-            code = await worker.run()
+            try:
+                end = await worker.run()
+            except OSError as error:  # no room for another process: there may be some later
+                end = error
             nursery.cancel_scope.cancel()
-        ended(code)
+        ended(end)
         if trio.current_time() - began_s >= _PROVEN_S:
             backoff.reset()
         with trio.move_on_after(backoff.next_delay_s()):

@@ -19,8 +19,8 @@ from typing import Any, Final, NoReturn
 
 import trio
 from enlink.attested import prepare
-from enlink.errors import ConfigError, SystemFailure, leaves
-from enlink.program import RateLimitedLog, log_event
+from enlink.errors import ConfigError, SystemFailure
+from enlink.program import RateLimitedLog
 from enlink.stream import Dialer
 from enlink.supervise import Stopping
 from enlink.worker import Assignment, Report, WorkerProcess, added, keep_running
@@ -36,7 +36,6 @@ _CAPTURE: Final = b"c"  # a wish: the rules are in place, deliver what comes
 # Choices of ours.
 _SILENT_S: Final = 3.0  # six reports that did not come: the worker hangs, or is stopped
 _PAUSE_S: Final = 0.1  # between two choices of queues, however often gateways change their minds
-_RETRY_S: Final = 1.0  # where the system has no room for another process
 
 _logger = logging.getLogger(__name__)
 
@@ -98,7 +97,8 @@ class Lanes:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._choose_queues)
                 for lane in self._lanes:
-                    nursery.start_soon(self._keep_running, lane, tun, policy)
+                    make = partial(lane.make, policy, self._note_change)
+                    nursery.start_soon(keep_running, make, Stopping(), partial(self._note_end, lane, tun))
         raise AssertionError("unreachable: its tasks end by exceptions only")
 
     async def _choose_queues(self) -> NoReturn:
@@ -118,29 +118,20 @@ class Lanes:
                 lane.use(is_used=progress[lane] == farthest)
             await trio.sleep(_PAUSE_S)
 
-    async def _keep_running(self, lane: _LaneAtWork, tun: Tun, policy: int | None) -> NoReturn:
-        """Have a worker on *lane*, whatever becomes of each."""
-        make = partial(lane.make, policy, self._note_change)
-        while True:
-            try:
-                await keep_running(make, Stopping(), partial(self._note_end, lane, tun))
-            except* OSError as group:
-                error = next(leaves(group))
-                self._refuse_before_start(lane, f"could not be started ({error}): start the agent again")
-                log_event(_logger, "lane_not_started", logging.WARNING, gateway=lane.gateway, error=error)
-            await trio.sleep(_RETRY_S)
-
-    def _note_end(self, lane: _LaneAtWork, tun: Tun, code: int) -> None:
+    def _note_end(self, lane: _LaneAtWork, tun: Tun, end: int | OSError) -> None:
         lane.retire()
         self._note_change()
         tun.tx_dropped()  # where the device is gone, another worker would fare no better
-        self._refuse_before_start(lane, f"ended with exit code {code} before it began: it says why")
-        log_event(_logger, "lane_ended", logging.WARNING, gateway=lane.gateway, exit_code=code)
-
-    def _refuse_before_start(self, lane: _LaneAtWork, problem: str) -> None:
-        """Let the start fail with its first worker; an agent that has reached a gateway goes on and tries again."""
-        if not (lane.has_reported or self._is_up.is_set()):
-            raise SystemFailure(f"the lane to {lane.gateway} {problem}")
+        has_begun = lane.has_reported or self._is_up.is_set()
+        if isinstance(end, OSError):
+            if not has_begun:
+                raise SystemFailure(f"the lane to {lane.gateway} could not be started ({end}): start the agent again")
+            lane.limited.log("lane_not_started", "system", gateway=lane.gateway, error=end)
+        else:
+            if not has_begun:
+                raise SystemFailure(f"the lane to {lane.gateway} ended with exit code {end} before it began: see above")
+            lane.replaced += 1
+            lane.limited.log("lane_ended", "exit", gateway=lane.gateway, exit_code=end)
 
     def _note_change(self) -> None:
         self._has_changed.set()
@@ -160,8 +151,8 @@ class _LaneAtWork:
         self._report: Report = {}
         self._heard_s = 0.0
         self._retired: Report = {}
-        self._replaced = 0
-        self._limited = RateLimitedLog(_logger)
+        self.replaced = 0
+        self.limited = RateLimitedLog(_logger)
 
     @property
     def progress(self) -> int:
@@ -177,7 +168,7 @@ class _LaneAtWork:
         return {
             "gateway": str(self.gateway),
             "pid": self._worker.pid if self._worker else None,
-            "replaced": self._replaced,
+            "replaced": self.replaced,
             "used": self.queue is not None and self.queue.is_attached,
             "up": False,
             "path": "closed",
@@ -195,7 +186,7 @@ class _LaneAtWork:
             self.queue.attach() if is_used else self.queue.detach()
             event = "lane_used" if is_used else "lane_left_out"
             reason = "silent" if self._is_silent() else ("no_link", "path_closed", "path_open")[self.progress]
-            self._limited.log(event, reason, logging.INFO, gateway=self.gateway)
+            self.limited.log(event, reason, logging.INFO, gateway=self.gateway)
 
     def make(self, policy: int | None, changed: Callable[[], None]) -> WorkerProcess:
         """Make the next worker. It inherits the queue and *policy*; *changed* is called for each report."""
@@ -223,7 +214,6 @@ class _LaneAtWork:
         """Keep what a worker that has ended leaves to count."""
         self._retired = self.counted()
         self._report = {}
-        self._replaced += 1
 
     def _link(self) -> Mapping[str, Any]:
         """What the worker says of its link; nothing, once it says nothing any more."""

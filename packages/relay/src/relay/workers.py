@@ -144,15 +144,20 @@ class Workers:
         if None not in self._reports:
             self._are_there.set()
 
-    def _ended(self, number: int, stopping: Stopping, code: int) -> None:
+    def _ended(self, number: int, stopping: Stopping, end: int | OSError) -> None:
         self._retired = added(self._retired, _without_present(self._reports[number] or {}))
         self._reports[number] = None
         if stopping.is_set:
             return
         if not self._are_there.is_set():
-            raise SystemFailure(f"worker {number} ended with exit code {code} before it was ready: it says why")
+            if isinstance(end, OSError):
+                raise SystemFailure(f"worker {number} could not be started ({end}): start the relay again") from end
+            raise SystemFailure(f"worker {number} ended with exit code {end} before it was ready: it says why")
+        if isinstance(end, OSError):
+            log_event(_logger, "worker_not_started", logging.WARNING, number=number, error=end)
+            return
         self._replaced += 1
-        log_event(_logger, "worker_ended", logging.WARNING, number=number, exit_code=code)
+        log_event(_logger, "worker_ended", logging.WARNING, number=number, exit_code=end)
 
 
 def _without_present(report: Report) -> Report:
