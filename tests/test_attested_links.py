@@ -66,7 +66,8 @@ def test_a_transfer_of_100_megabytes_outlives_links_that_are_judged_again_every_
             assert counters["uplink_ended"]["reattest"] >= 3
             assert counters["uplink_ended"]["reattest"] <= lasted_s + 2, "links end before they are due"
             assert set(counters["uplink_ended"]) == {"reattest"}
-            assert counters["uplinks"]["made"] == counters["uplink_ended"]["reattest"] + 1
+            # At this moment the last one may be about to be replaced.
+            assert counters["uplinks"]["made"] - counters["uplink_ended"]["reattest"] in (0, 1)
         assert path.programs["near"].status()["counters"]["entg_ended"]["reattest"] >= 3
         assert path.programs["app"].log().count(" uplink_due ") >= 3
 
