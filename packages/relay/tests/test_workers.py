@@ -141,3 +141,12 @@ def test_a_relay_for_which_there_is_no_room_ends_in_one_line(monkeypatch: pytest
     monkeypatch.setattr(trio.lowlevel, "open_process", no_room)
     with pytest.RaisesGroup(pytest.RaisesExc(SystemFailure, match="worker 0 could not be started .no room.: start")):
         trio.run(main)
+
+
+def test_a_relay_that_works_outlives_a_worker_for_which_there_is_no_room(caplog: pytest.LogCaptureFixture) -> None:
+    """It is tried again, as enlink's test_worker.py shows, and counts as replaced only when it runs."""
+    workers = Workers(config_of(1, 1), None, [])
+    workers._hear(0, {"bridges": []})
+    workers._ended(0, Stopping(), BlockingIOError("no room"))
+    assert [record.message for record in caplog.records] == ["worker_not_started"]
+    assert workers.snapshot()["workers"]["replaced"] == 0

@@ -48,7 +48,6 @@ class Lanes:
     """
 
     def __init__(self, config: AgentConfig) -> None:
-        self._config = config
         self._lanes = [_LaneAtWork(config, number) for number in range(len(config.gateways))]
         self._policy = _read_policy(config)
         self._is_up = trio.Event()
